@@ -1,0 +1,52 @@
+"""What a run was made with: package versions, git commit, a run id."""
+
+from __future__ import annotations
+
+import secrets
+import subprocess
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+_PACKAGES = (
+    "retinaray",
+    "torch",
+    "torchvision",
+    "ray",
+    "onnx",
+    "openvino",
+    "pycocotools",
+    "pillow",
+)
+
+
+def collect_versions() -> dict[str, str]:
+    """Version of each package that shapes results, and the git commit of retinaray where it has one."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    versions["commit"] = _read_commit()
+    return versions
+
+
+def make_run_id() -> str:
+    """A sortable name that no other run has: UTC time and random letters."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
+
+
+def _read_commit() -> str:
+    try:
+        answer = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+        )
+    except OSError:
+        return "unknown"
+    return answer.stdout.strip() or "unknown"

@@ -1,0 +1,64 @@
+"""Settings of reading as functions that read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from retinaray.config.schema import DetectionConfig, ReadingConfig
+from retinaray.errors import DatasetError
+from retinaray.inference.pipeline import ReadSettings
+from retinaray.inference.predictor import PredictorSettings
+from retinaray.storage import Storage, is_s3
+
+
+def make_reader(reading: ReadingConfig) -> Callable[[str], bytes]:
+    """A function that gives the bytes at a URI."""
+    return Storage(endpoint_url=reading.endpoint_url).read_bytes
+
+
+def make_read_settings(reading: ReadingConfig) -> ReadSettings:
+    """Reading as the pipeline wants it."""
+    return ReadSettings(
+        threads=reading.threads,
+        max_pixels=reading.max_pixels,
+        allow_truncated=reading.allow_truncated,
+    )
+
+
+def make_predictor_settings(
+    detection: DetectionConfig, *, batch: int, threads: int
+) -> PredictorSettings:
+    """Detection as a predictor wants it; `resize` and `max_size` become a landscape canvas."""
+    canvas = detection.size
+    if detection.resize is not None and detection.max_size is not None:
+        canvas = (detection.resize, detection.max_size)
+    return PredictorSettings(
+        batch=batch,
+        threads=threads,
+        canvas=canvas,
+        score_threshold=detection.score_threshold,
+        nms_iou=detection.nms_iou,
+        max_detections=detection.max_detections,
+    )
+
+
+def read_json(uri: str, reading: ReadingConfig) -> Any:
+    """A JSON file, local or on S3.
+
+    Raises:
+        StorageError: If it cannot be read.
+        DatasetError: If it is not JSON.
+    """
+    content = make_reader(reading)(uri)
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise DatasetError(f"{uri}: expected JSON: {error}") from error
+
+
+def absolute_uri(uri: str) -> str:
+    """A local path made absolute, so that workers in other folders find it; S3 URIs as they are."""
+    return uri if is_s3(uri) else str(Path(uri).expanduser().resolve())

@@ -1,0 +1,258 @@
+"""The `retinaray` command and the scripts in jobs/: settings in, one JSON line, an exit code.
+
+Both doors call `run_verb`. Runners are imported only when there is a job to run, so that help and
+wrong settings cost no torch and no ray.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from retinaray import __version__
+from retinaray.errors import (
+    CheckpointError,
+    ConfigError,
+    DatasetError,
+    ImageError,
+    RetinarayError,
+)
+
+if TYPE_CHECKING:
+    from retinaray.config.loading import Request, Verbosity
+    from retinaray.config.nodes import Job
+
+INTERRUPTED = 130
+EXIT_CODES = """\
+exit codes:
+  0    done
+  1    the job failed (cluster, storage, export, runtime), or doctor found faults
+  2    nothing to run: wrong settings, or an input that cannot be read
+  130  stopped by Ctrl-C
+
+The last line of stdout is one JSON object; everything else goes to stderr."""
+
+_USERS_INPUT = (ConfigError, DatasetError, CheckpointError, ImageError)
+_HANDLER_NAME = "retinaray-cli"
+
+
+class Outcome(Protocol):
+    """What a runner returns."""
+
+    @property
+    def exit_code(self) -> int:
+        """0 when the job did what it was asked, 1 when it ran and found faults."""
+
+    def to_json(self) -> str:
+        """Write the result as one line of JSON."""
+
+    def to_text(self) -> str:
+        """Write the result for a person, as a table of several lines."""
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One command.
+
+    Attributes:
+        job: `module:class` of its settings.
+        runner: `module:function` that takes the job and returns an `Outcome`.
+        help: One line for `retinaray --help`.
+    """
+
+    job: str
+    runner: str
+    help: str
+
+
+VERBS: dict[str, Verb] = {
+    "train": Verb(
+        "retinaray.config.training_schema:TrainJob",
+        "retinaray.distributed.train:run_training",
+        "train a RetinaNet with Ray Train and keep the best weights",
+    ),
+    "evaluate": Verb(
+        "retinaray.config.inference_schema:EvaluateJob",
+        "retinaray.assembly.evaluation:run_evaluation",
+        "score a model or a detections file against ground truth",
+    ),
+    "export": Verb(
+        "retinaray.config.inference_schema:ExportJob",
+        "retinaray.assembly.export:run_export",
+        "write a trained model as ONNX and check it box by box",
+    ),
+    "infer": Verb(
+        "retinaray.config.inference_schema:InferJob",
+        "retinaray.distributed.batch_inference:run_inference",
+        "run a model over very many images with Ray Data",
+    ),
+    "doctor": Verb(
+        "retinaray.config.inference_schema:DoctorJob",
+        "retinaray.assembly.doctor:run_doctor",
+        "look for every known fault of a COCO data set",
+    ),
+    "demo": Verb(
+        "retinaray.config.inference_schema:DemoJob",
+        "retinaray.demo.walkthrough:run_demo",
+        "train, export, infer and evaluate on embedded data",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the `retinaray` command.
+
+    Args:
+        argv: Arguments after the program's name; None = those of this process.
+
+    Returns:
+        Exit code, as listed in `EXIT_CODES`.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    first, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if first in VERBS:
+        return run_verb(first, rest)
+    if first in ("-h", "--help", "help"):
+        _print(_format_overview())
+        return 0
+    if first == "--version":
+        _print(f"retinaray {__version__}\n")
+        return 0
+    _complain(ConfigError(_describe_no_verb(first)), "retinaray --help", verbosity="normal")
+    return 2
+
+
+def run_verb(verb: str, argv: Sequence[str]) -> int:
+    """Run one command from its settings to its exit code.
+
+    Args:
+        verb: A key of `VERBS`.
+        argv: Arguments after the verb.
+
+    Returns:
+        Exit code, as listed in `EXIT_CODES`. An exception that is no `RetinarayError` is a defect
+        and leaves with its traceback.
+    """
+    verbosity: Verbosity = "normal"
+    hint = f"retinaray {verb} --help"
+    try:
+        request = _read_request(verb, argv)
+        verbosity = request.verbosity
+        if request.job is None:
+            _print(request.printout)
+            return 0
+        configure_logging(verbosity)
+        outcome = _run(verb, request.job)
+    except RetinarayError as error:
+        _complain(error, hint, verbosity=verbosity)
+        return 2 if isinstance(error, _USERS_INPUT) else 1
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped by Ctrl-C\n")
+        return INTERRUPTED
+    if verbosity != "quiet":
+        sys.stderr.write(f"{outcome.to_text().rstrip()}\n")
+        sys.stderr.flush()
+    _print(f"{outcome.to_json()}\n")
+    return outcome.exit_code
+
+
+def configure_logging(verbosity: Verbosity) -> None:
+    """Send the log to stderr: with colours on a terminal, as plain lines elsewhere.
+
+    Args:
+        verbosity: "quiet" shows warnings and errors, "normal" also retinaray's information,
+            "verbose" also its debugging lines. Other packages log warnings and errors only.
+    """
+    handler: logging.Handler
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.logging import RichHandler
+
+        handler = RichHandler(console=Console(stderr=True), show_path=False)
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.set_name(_HANDLER_NAME)
+    root = logging.getLogger()
+    for earlier in [entry for entry in root.handlers if entry.get_name() == _HANDLER_NAME]:
+        root.removeHandler(earlier)
+    root.addHandler(handler)
+    levels = {"quiet": logging.WARNING, "normal": logging.INFO, "verbose": logging.DEBUG}
+    logging.getLogger("retinaray").setLevel(levels[verbosity])
+
+
+def _read_request(verb: str, argv: Sequence[str]) -> Request[Job]:
+    from retinaray.config.loading import read_request
+
+    job_class: type[Job] = _import(VERBS[verb].job)
+    return read_request(job_class, argv, epilog=EXIT_CODES)
+
+
+def _run(verb: str, job: Job) -> Outcome:
+    outcome: Outcome = _import(VERBS[verb].runner)(job)
+    return outcome
+
+
+def _import(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return vars(importlib.import_module(module))[name]
+
+
+def _format_overview() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {name:<{width}}  {verb.help}" for name, verb in VERBS.items()]
+    return "\n".join(
+        [
+            f"retinaray {__version__}: RetinaNet detectors on Ray",
+            "",
+            "usage: retinaray COMMAND [arguments]",
+            "       retinaray COMMAND --help",
+            "       retinaray --version",
+            "",
+            "commands:",
+            *lines,
+            "",
+            EXIT_CODES,
+            "",
+        ]
+    )
+
+
+def _describe_no_verb(word: str) -> str:
+    names = ", ".join(VERBS)
+    if not word:
+        return f"no command came; expected one of {names}"
+    if word == "--master":
+        return "--master: not needed, Ray connects the workers; set RAY_ADDRESS for a cluster"
+    nearest = difflib.get_close_matches(word, VERBS, n=1)
+    hint = f"; nearest: {nearest[0]}" if nearest else ""
+    return f"{word}: no such command; expected one of {names}{hint}"
+
+
+def _complain(error: RetinarayError, hint: str, *, verbosity: Verbosity) -> None:
+    if verbosity == "verbose":
+        traceback.print_exception(error, file=sys.stderr)
+    text = str(error)
+    if isinstance(error, ConfigError):
+        faults = text.splitlines()
+        if len(faults) > 1:
+            text = "\n  ".join([f"{len(faults)} settings are wrong:", *faults])
+        text += f"\nsee: {hint}"
+    sys.stderr.write(f"error: {text}\n")
+
+
+def _print(text: str) -> None:
+    """Write to stdout; a reader that has gone away, as `head` does, is no failure of the job."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit and would complain then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

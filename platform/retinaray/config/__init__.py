@@ -1,0 +1,1 @@
+"""Typed job settings and the one path that loads them."""

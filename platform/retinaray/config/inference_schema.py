@@ -1,0 +1,208 @@
+"""Every setting of `evaluate`, `export`, `infer`, `doctor` and `demo`, as typed, frozen trees."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from retinaray.config.nodes import (
+    BackendName,
+    Config,
+    Flag,
+    Job,
+    Location,
+    ReadingConfig,
+    Size,
+    require,
+)
+
+
+def _expect_onnx_name(value: str) -> str:
+    if not value.endswith(".onnx"):
+        raise ValueError(
+            "expected a name that ends in .onnx; a TensorRT engine is built from that file on the "
+            "machine that runs it"
+        )
+    return value
+
+
+def _name_given(resize: int | None, max_size: int | None) -> str:
+    sides = {"detection.resize": resize, "detection.max_size": max_size}
+    return " with ".join(f"{key}={side}" for key, side in sides.items() if side is not None)
+
+
+class DetectionConfig(Config):
+    """From network outputs to detections."""
+
+    size: Annotated[Size | None, Flag("--size", unit="px", metavar="H W")] = None
+    """Network canvas of a .pth model; none = the one it was trained with. An exported file has
+    its own."""
+    resize: Annotated[int | None, Field(ge=32, le=8192), Flag("--resize", unit="px")] = None
+    """Short side of the canvas, with --max-size: another way to say --size."""
+    max_size: Annotated[int | None, Field(ge=32, le=8192), Flag("--max-size", unit="px")] = None
+    """Long side of the canvas, with --resize."""
+    score_threshold: Annotated[float | None, Field(ge=0, lt=1), Flag("--score-threshold")] = None
+    """Detections below this score are dropped; none = the thresholds stored in the model (0.05
+    when trained)."""
+    nms_iou: Annotated[float | None, Field(gt=0, le=1), Flag("--nms-iou", unit="IoU")] = None
+    """Of two boxes of one class that overlap more than this the better one stays; none = the
+    model's (0.5)."""
+    max_detections: Annotated[
+        int, Field(ge=1, le=3839), Flag("--max-detections", unit="per image")
+    ] = 100
+    """Detections kept per image."""
+
+    @model_validator(mode="after")
+    def _check_fields_together(self) -> DetectionConfig:
+        resize, max_size = self.resize, self.max_size
+        require(
+            [
+                (
+                    (resize is None) == (max_size is None),
+                    f"{_name_given(resize, max_size)} alone does not make a canvas: give both "
+                    "--resize and --max-size, or --size H W",
+                ),
+                (
+                    self.size is None or (resize is None and max_size is None),
+                    f"detection.size={self.size} and {_name_given(resize, max_size)} are both "
+                    "given: keep --size, or --resize with --max-size",
+                ),
+                (
+                    resize is None or max_size is None or max_size >= resize,
+                    f"detection.max_size={max_size} is below detection.resize={resize}: raise "
+                    "--max-size or lower --resize",
+                ),
+            ]
+        )
+        return self
+
+
+class EvaluateJob(Job):
+    """Score a model or a detections file against ground truth with COCO's twelve numbers."""
+
+    verb: ClassVar[str] = "evaluate"
+    examples: ClassVar[tuple[str, ...]] = (
+        "retinaray evaluate model.pth --images data/test --annotations data/test.json",
+        "retinaray evaluate detections.json --annotations data/test.json",
+    )
+
+    model: Annotated[Location, Flag("model", metavar="MODEL|detections.json")]
+    """.pth, .onnx or .plan file, or a detections.json to score as it is."""
+    images: Annotated[Location, Flag("--images", metavar="DIR|s3://")] = "."
+    """Folder or S3 prefix of the images."""
+    annotations: Annotated[Location, Flag("--annotations", metavar="FILE")]
+    """COCO JSON with the ground truth."""
+    backend: Annotated[BackendName, Flag("--backend")] = "auto"
+    """Runtime; auto picks by file and hardware, and says what it picked."""
+    batch: Annotated[int, Field(ge=1, le=1024), Flag("--batch", unit="images")] = 4
+    """Images per network call."""
+    output: Annotated[Location | None, Flag("--output", metavar="FILE")] = None
+    """Also write the detections there as COCO results."""
+    detection: DetectionConfig = DetectionConfig()
+    reading: ReadingConfig = ReadingConfig()
+
+
+class ExportJob(Job):
+    """Write a trained model as one portable ONNX file and check it box by box."""
+
+    verb: ClassVar[str] = "export"
+    examples: ClassVar[tuple[str, ...]] = (
+        "retinaray export model.pth model.onnx --size 640 960",
+        "retinaray export model.pth deepstream.onnx --config jobs/configs/export_deepstream.yaml",
+    )
+
+    model: Annotated[Location, Flag("model", metavar="model.pth")]
+    """Trained weights."""
+    output: Annotated[
+        Location, AfterValidator(_expect_onnx_name), Flag("export", metavar="model.onnx")
+    ]
+    """File to write."""
+    size: Annotated[Size | None, Flag("--size", unit="px", metavar="H W")] = None
+    """Canvas of the exported network; none = the one it was trained with. Any height and width
+    are right."""
+    input: Annotated[Literal["uint8", "float32"], Flag("--input")] = "uint8"
+    """Type of the input tensor, RGB 0..255: uint8 for batch inference, float32 for DeepStream."""
+    top_k: Annotated[int, Field(ge=1, le=3839), Flag("--top-k", unit="per image")] = 1000
+    """Candidates that leave the network per image (TensorRT takes fewer than 3840)."""
+    images: Annotated[Location | None, Flag("--images", metavar="DIR|s3://")] = None
+    """Images for the box-by-box check; none = the sample pictures made from noise and edges."""
+    tolerance_px: Annotated[float, Field(gt=0), Flag("--tolerance", unit="px")] = 0.5
+    """Largest difference of a matched box from the original."""
+    reading: ReadingConfig = ReadingConfig()
+
+
+class InferJob(Job):
+    """Run a model over very many images with Ray Data and write COCO detections."""
+
+    verb: ClassVar[str] = "infer"
+    examples: ClassVar[tuple[str, ...]] = (
+        "retinaray infer model.onnx --images photos --output detections.json",
+        "retinaray infer s3://bucket/model.onnx --images s3://bucket/photos/ "
+        "--output s3://bucket/runs/monday --workers 16",
+    )
+
+    model: Annotated[Location, Flag("model", metavar="MODEL")]
+    """.pth, .onnx or .plan file, local or on S3."""
+    images: Annotated[Location, Flag("--images", metavar="DIR|s3://|list.txt|coco.json")]
+    """Folder, S3 prefix, list of URIs (one per line) or COCO JSON (then file names are relative
+    to its folder)."""
+    annotations: Annotated[Location | None, Flag("--annotations", metavar="FILE")] = None
+    """COCO JSON: its image ids are used, only its images are read, and mAP is printed."""
+    output: Annotated[Location, Flag("--output", metavar="detections.json|RUN_URI")] = (
+        "detections.json"
+    )
+    """A .json file to write, or the folder / S3 prefix of a whole run."""
+    backend: Annotated[BackendName, Flag("--backend")] = "auto"
+    """Runtime; auto picks by file and hardware, and says what it picked."""
+    batch: Annotated[int, Field(ge=1, le=1024), Flag("--batch", unit="images")] = 8
+    """Images per network call."""
+    workers: Annotated[int | None, Field(ge=1, le=65_536), Flag("--workers", unit="workers")] = None
+    """Engine processes; none = one per GPU, or one per two cores without GPUs."""
+    part_size: Annotated[
+        int | None, Field(ge=1, le=100_000), Flag("--part-size", unit="images")
+    ] = None
+    """Images that are committed together; none = chosen from the number of images alone."""
+    overwrite: Annotated[bool, Flag("--overwrite")] = False
+    """Start over although the output holds a run with other settings; its files are removed."""
+    detection: DetectionConfig = DetectionConfig()
+    reading: ReadingConfig = ReadingConfig()
+
+
+class DoctorJob(Job):
+    """Look for every known fault of a COCO data set."""
+
+    verb: ClassVar[str] = "doctor"
+    examples: ClassVar[tuple[str, ...]] = (
+        "retinaray doctor --annotations data/train.json --images data/train",
+        "retinaray doctor --annotations data/train.json --fix data/train_fixed.json",
+    )
+
+    images: Annotated[Location | None, Flag("--images", metavar="DIR")] = None
+    """Image folder; none = the files are not looked at."""
+    annotations: Annotated[Location, Flag("--annotations", metavar="FILE")]
+    """COCO JSON."""
+    fix: Annotated[Location | None, Flag("--fix", metavar="OUT.json")] = None
+    """Write a repaired copy there."""
+    threads: Annotated[int, Field(ge=1, le=256), Flag("--read-threads", unit="threads")] = 8
+    """Image headers read at once."""
+
+
+class DemoJob(Job):
+    """Train, export, infer from S3 to S3 and evaluate on embedded data: no downloads, no GPU."""
+
+    verb: ClassVar[str] = "demo"
+    examples: ClassVar[tuple[str, ...]] = (
+        "retinaray demo",
+        "retinaray demo --data my_coco_folder --output my_demo --workers 4",
+    )
+
+    data: Annotated[Location | None, Flag("--data", metavar="DIR")] = None
+    """Your own COCO folder (train.json, val.json, images/, optionally test.json); none =
+    handwritten digits on photographs."""
+    output: Annotated[Location, Flag("--output", metavar="DIR")] = "demo_run"
+    """Folder for everything that the demo makes; replaced when it holds an earlier demo."""
+    epochs: Annotated[int | None, Field(ge=1), Flag("--epochs", unit="epochs")] = None
+    """Training length; none = chosen for a few minutes on two cores."""
+    workers: Annotated[int, Field(ge=1, le=64), Flag("--workers", unit="workers")] = 2
+    """Ray workers for training and inference."""

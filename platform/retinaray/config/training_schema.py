@@ -1,0 +1,308 @@
+"""Every setting of `train`, as a typed, frozen tree.
+
+A field's docstring is its help text; `Flag` gives it a short command-line name (ODTK's, where ODTK
+had one). Fields without a `Flag` are reached by their dotted path: `--loss.focal_gamma 1.5`.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from retinaray.config.nodes import (
+    BackboneName,
+    Config,
+    Flag,
+    Job,
+    Location,
+    ReadingConfig,
+    Size,
+    require,
+)
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+class ModelConfig(Config):
+    """The network."""
+
+    backbone: Annotated[BackboneName, Flag("--backbone")] = "ResNet50FPN"
+    """Feature extractor below the feature pyramid."""
+    norm: Annotated[Literal["auto", "frozen_bn", "bn", "gn"], Flag("--norm")] = "auto"
+    """Normalisation of the backbone; auto = frozen_bn with pretrained weights, gn from scratch."""
+    backbone_weights: Annotated[
+        Location | None, Flag("--backbone-weights", metavar="NAME|FILE")
+    ] = None
+    """torchvision weights name (DEFAULT, IMAGENET1K_V1, ...: downloaded) or a local
+    .pth/.safetensors file; none = from scratch."""
+    stride_in_1x1: bool | None = None
+    """Bottlenecks stride in their first 1x1 (Caffe weights) instead of the 3x3; none = as the
+    weights file says, else 3x3."""
+    fpn_channels: Annotated[
+        int, Field(ge=16, le=1024, multiple_of=8), Flag("--fpn-channels", unit="channels")
+    ] = 256
+    """Width of the pyramid and of both heads."""
+    head_depth: Annotated[int, Field(ge=0, le=8), Flag("--head-depth", unit="convolutions")] = 4
+    """3x3 convolutions in each head before the output layer."""
+    use_p2: Annotated[bool, Flag("--p2")] = False
+    """Add the stride-4 level for very small objects (4x the anchors)."""
+
+
+class AnchorConfig(Config):
+    """Anchor boxes: data that travels with the weights, never a constant in the source."""
+
+    scales: Annotated[
+        tuple[Positive, ...],
+        Field(min_length=1, max_length=9),
+        Flag("--anchor-scales", unit="strides"),
+    ] = (4.0, 4.0 * 2 ** (1 / 3), 4.0 * 2 ** (2 / 3))
+    """Anchor side over stride; halve all (2 2.52 3.17) when objects are small."""
+    ratios: Annotated[
+        tuple[Positive, ...],
+        Field(min_length=1, max_length=9),
+        Flag("--anchor-ratios", unit="height/width"),
+    ] = (1.0, 2.0, 0.5)
+    """Aspect ratios, height over width."""
+    convention: Annotated[Literal["centered", "odtk", "odtk-legacy"], Flag("--anchors")] = (
+        "centered"
+    )
+    """Where an anchor lies in its cell; odtk and odtk-legacy reproduce the two generations of
+    ODTK weights."""
+
+
+class TrainDataConfig(Config):
+    """What is learnt from, and at which size."""
+
+    images: Annotated[Location, Flag("--images", metavar="DIR|s3://")] = "."
+    """Folder or S3 prefix of the training images."""
+    annotations: Annotated[Location, Flag("--annotations", metavar="FILE")]
+    """COCO JSON of the training set."""
+    val_images: Annotated[Location | None, Flag("--val-images", metavar="DIR|s3://")] = None
+    """Folder of the validation images; none = --images."""
+    val_annotations: Annotated[Location | None, Flag("--val-annotations", metavar="FILE")] = None
+    """COCO JSON of the validation set; none = no validation, the last weights are kept."""
+    classes: Annotated[int | None, Field(ge=1, le=100_000), Flag("--classes", unit="classes")] = (
+        None
+    )
+    """Number of classes without background; none = as many as the JSON has; must agree with it."""
+    resize: Annotated[int, Field(ge=32, le=8192), Flag("--resize", unit="px")] = 800
+    """Short side of an image after resize."""
+    max_size: Annotated[int, Field(ge=32, le=8192), Flag("--max-size", unit="px")] = 1333
+    """Long side after resize at most."""
+    size: Annotated[Size | None, Flag("--size", unit="px", metavar="H W")] = None
+    """Network canvas, height and width; none = the one that --resize and --max-size need for
+    these images."""
+    on_bad_box: Annotated[Literal["drop", "error"], Flag("--on-bad-box")] = "drop"
+    """Boxes without area, outside the image or not finite: leave out with a warning, or refuse
+    the set."""
+    loader_processes: Annotated[
+        int | None, Field(ge=0, le=64), Flag("--loader-processes", unit="processes")
+    ] = None
+    """Processes that decode for one training worker; none = chosen by the worker's cores,
+    0 = in the worker."""
+
+    @model_validator(mode="after")
+    def _check_fields_together(self) -> TrainDataConfig:
+        require(
+            [
+                (
+                    self.max_size >= self.resize,
+                    f"data.max_size={self.max_size} is below data.resize={self.resize}: the long "
+                    "side cannot be shorter than the short side; raise --max-size or lower "
+                    "--resize",
+                ),
+                (
+                    self.val_images is None or self.val_annotations is not None,
+                    f"data.val_images={self.val_images} without data.val_annotations: nothing "
+                    "would be validated; give --val-annotations, or drop --val-images",
+                ),
+            ]
+        )
+        return self
+
+
+class AugmentConfig(Config):
+    """Random changes to training images."""
+
+    flip: Annotated[float, Field(ge=0, le=1), Flag("--flip", unit="probability")] = 0.5
+    """Mirror left-right."""
+    vertical_flip: Annotated[
+        float, Field(ge=0, le=1), Flag("--vertical-flip", unit="probability")
+    ] = 0.0
+    """Mirror top-bottom: for views from above or through a microscope."""
+    jitter: Annotated[
+        tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None,
+        Flag("--jitter", unit="px", metavar="MIN MAX"),
+    ] = None
+    """Short side drawn from this range; none = 0.8 to 1.25 times --resize; equal numbers turn it
+    off."""
+    crop: Annotated[float, Field(ge=0, le=1), Flag("--crop", unit="probability")] = 0.3
+    """Zoom into a random part that keeps at least one box whole."""
+    brightness: Annotated[float, Field(ge=0, le=1), Flag("--augment-brightness")] = 0.2
+    """Brightness factor drawn from 1 +- this."""
+    contrast: Annotated[float, Field(ge=0, le=1), Flag("--augment-contrast")] = 0.2
+    """Contrast factor drawn from 1 +- this."""
+    saturation: Annotated[float, Field(ge=0, le=1), Flag("--augment-saturation")] = 0.2
+    """Saturation factor drawn from 1 +- this."""
+    hue: Annotated[float, Field(ge=0, le=0.5), Flag("--augment-hue", unit="turns")] = 0.02
+    """Hue shift drawn from +- this part of the colour circle."""
+    mosaic: Annotated[float, Field(ge=0, le=1), Flag("--mosaic", unit="probability")] = 0.0
+    """Four images in one canvas."""
+
+    @model_validator(mode="after")
+    def _check_fields_together(self) -> AugmentConfig:
+        if self.jitter is not None and self.jitter[0] > self.jitter[1]:
+            raise ValueError(
+                f"augment.jitter={self.jitter} (--jitter): expected MIN <= MAX; swap the two"
+            )
+        return self
+
+
+class LossConfig(Config):
+    """Matching and loss."""
+
+    focal_alpha: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """Weight of the foreground in the focal loss."""
+    focal_gamma: Annotated[float, Field(ge=0, le=10)] = 2.0
+    """Focusing power of the focal loss."""
+    box_loss: Annotated[Literal["smooth_l1", "l1", "giou"], Flag("--box-loss")] = "l1"
+    """Regression loss."""
+    box_beta: Annotated[float, Field(gt=0)] = 0.11
+    """Where smooth L1 turns from quadratic to linear."""
+    box_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the regression loss beside the focal loss."""
+    anchor_ious: Annotated[
+        tuple[float, float], Flag("--anchor-ious", unit="IoU", metavar="LOW HIGH")
+    ] = (0.4, 0.5)
+    """Below LOW an anchor is background, from HIGH on it is foreground, in between it is
+    ignored."""
+    keep_best_anchor: bool = True
+    """The best anchor of each ground truth is foreground however small its IoU."""
+
+    @model_validator(mode="after")
+    def _check_fields_together(self) -> LossConfig:
+        low, high = self.anchor_ious
+        if not 0 < low <= high < 1:
+            raise ValueError(
+                f"loss.anchor_ious={self.anchor_ious} (--anchor-ious): expected 0 < LOW <= HIGH < 1"
+            )
+        return self
+
+
+class OptimConfig(Config):
+    """Optimizer and schedule."""
+
+    optimizer: Annotated[Literal["adamw", "sgd"], Flag("--optimizer")] = "adamw"
+    """adamw, or sgd with momentum 0.9."""
+    peak_lr: Annotated[float | None, Field(gt=0), Flag("--lr")] = None
+    """Learning rate after warm-up, used as given, not scaled by batch; none = 5e-4 for adamw,
+    0.01 for sgd."""
+    weight_decay: Annotated[float | None, Field(ge=0), Flag("--regularization-l2")] = None
+    """Decay of convolution weights; none = 0.05 for adamw, 1e-4 for sgd. Norms and biases do not
+    decay."""
+    warmup_steps: Annotated[int | None, Field(ge=0), Flag("--warmup", unit="steps")] = None
+    """Linear warm-up; none = 1000, but at most a tenth of the run."""
+    schedule: Annotated[Literal["cosine", "milestones"], Flag("--lr-schedule")] = "cosine"
+    """Decay after warm-up."""
+    milestones: Annotated[
+        tuple[Annotated[int, Field(ge=1)], ...], Flag("--milestones", unit="steps")
+    ] = ()
+    """Steps at which the rate is multiplied by --gamma; giving any selects the milestones
+    schedule."""
+    gamma: Annotated[float, Field(gt=0, lt=1), Flag("--gamma")] = 0.1
+    """Factor at each milestone."""
+    clip_norm: Annotated[float, Field(ge=0), Flag("--clip-norm")] = 10.0
+    """Largest gradient norm; 0 = no clipping."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1), Flag("--ema-decay")] = 0.998
+    """Decay of the averaged weights that are validated and exported, ramped up from 0; 0 = no
+    averaging."""
+
+    @model_validator(mode="after")
+    def _check_fields_together(self) -> OptimConfig:
+        if any(later <= earlier for earlier, later in pairwise(self.milestones)):
+            raise ValueError(
+                f"optim.milestones={self.milestones} (--milestones): expected rising steps"
+            )
+        return self
+
+
+class TrainRunConfig(Config):
+    """Length, workers and bookkeeping of a training."""
+
+    batch: Annotated[int, Field(ge=1, le=65_536), Flag("--batch", unit="images")] = 8
+    """Images per step over all workers; the loss is the same for any number of workers."""
+    epochs: Annotated[int | None, Field(ge=1), Flag("--epochs", unit="epochs")] = None
+    """Passes over the training set; none = 40, unless --iters is given."""
+    iters: Annotated[int | None, Field(ge=1), Flag("--iters", unit="steps")] = None
+    """Optimizer steps, instead of --epochs."""
+    workers: Annotated[int, Field(ge=1, le=4096), Flag("--workers", unit="workers")] = 1
+    """Ray Train workers: one per GPU, or CPU processes that share the cores."""
+    precision: Annotated[Literal["auto", "bf16", "fp32"], Flag("--precision")] = "auto"
+    """auto = bf16 autocast where the device has it."""
+    seed: Annotated[int, Field(ge=0, lt=2**31), Flag("--seed")] = 0
+    """Seed of weights, order and augmentation."""
+    val_every: Annotated[int, Field(ge=1), Flag("--val-every", unit="epochs")] = 1
+    """Validate, and keep a checkpoint, after this many epochs (and at the end)."""
+    patience: Annotated[int, Field(ge=0), Flag("--patience", unit="validations")] = 20
+    """Stop after this many validations without a better AP; 0 = never."""
+    log_every: Annotated[int, Field(ge=1), Flag("--log-every", unit="steps")] = 10
+    """Steps between two progress reports."""
+    max_failures: Annotated[int, Field(ge=0), Flag("--max-failures")] = 3
+    """Worker failures that are survived by going back to the last checkpoint."""
+    override: Annotated[bool, Flag("--override")] = False
+    """Start over although a run of this name exists with other settings; its folder is
+    replaced."""
+
+    @model_validator(mode="after")
+    def _check_fields_together(self) -> TrainRunConfig:
+        require(
+            [
+                (
+                    self.epochs is None or self.iters is None,
+                    f"run.epochs={self.epochs} and run.iters={self.iters} are both given: "
+                    "keep one (--epochs or --iters)",
+                ),
+                (
+                    self.batch % self.workers == 0,
+                    f"run.batch={self.batch} does not divide among run.workers={self.workers}: "
+                    f"make --batch a multiple of {self.workers}",
+                ),
+            ]
+        )
+        return self
+
+
+class TrainJob(Job):
+    """Train a RetinaNet with Ray Train and keep the best weights."""
+
+    verb: ClassVar[str] = "train"
+    examples: ClassVar[tuple[str, ...]] = (
+        "retinaray train model.pth --images data/train --annotations data/train.json "
+        "--val-images data/val --val-annotations data/val.json",
+        "retinaray train model.pth --config jobs/configs/train_small_objects.yaml --workers 4 "
+        "--batch 32",
+        "retinaray train model.pth --annotations data/train.json --anchor-scales 2 2.52 3.17 "
+        "loss.focal_gamma=1.5",
+    )
+
+    output: Annotated[Location, Flag("model", metavar="model.pth")]
+    """Weights file to write; its run folder (checkpoints, logs, curves) stands beside it."""
+    model: ModelConfig = ModelConfig()
+    anchors: AnchorConfig = AnchorConfig()
+    data: TrainDataConfig
+    reading: ReadingConfig = ReadingConfig()
+    augment: AugmentConfig = AugmentConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    run: TrainRunConfig = TrainRunConfig()
+
+    @model_validator(mode="after")
+    def _check_sections_together(self) -> TrainJob:
+        if self.model.norm == "frozen_bn" and self.model.backbone_weights is None:
+            raise ValueError(
+                "model.norm=frozen_bn with model.backbone_weights=none: frozen statistics of "
+                "random weights cannot be trained; give --backbone-weights, or --norm gn"
+            )
+        return self

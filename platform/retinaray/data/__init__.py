@@ -1,0 +1,1 @@
+"""Images and COCO annotations in, training batches out."""

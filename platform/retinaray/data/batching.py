@@ -1,0 +1,311 @@
+"""Training batches: which images in which order, read, augmented, padded to fixed shapes.
+
+The order is one endless stream of images, a fresh permutation after another, cut into global
+batches and those into equal slices for the workers. Which image stands where, and how it is
+augmented, depends on the seed and the place in the stream alone: not on the number of workers, and
+not on where a training was resumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from retinaray.data.augmentation import (
+    AugmentSettings,
+    apply_plan,
+    draw_plan,
+    move_boxes,
+    needed_size,
+)
+from retinaray.data.coco import CocoDataset, resolve_image_uri
+from retinaray.data.image_decoding import decode_image
+from retinaray.errors import DatasetError, ImageError, StorageError
+
+StreamIndex = tuple[int, int]
+"""Epoch, and position of the image in the data set."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training image on its canvas.
+
+    Attributes:
+        image: RGB 0..255.
+        boxes_xyxy: In canvas pixels.
+        class_indices: Class of each box.
+        is_crowd: Which boxes are ignored regions.
+        image_id: The image's id in the data set.
+    """
+
+    image: UInt8[np.ndarray, "H W 3"]
+    boxes_xyxy: Float[np.ndarray, "M 4"]
+    class_indices: Int[np.ndarray, " M"]
+    is_crowd: Bool[np.ndarray, " M"]
+    image_id: int | str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples as tensors; ground truth is padded to the largest count in the batch.
+
+    Attributes:
+        images: RGB 0..255, uint8.
+        boxes_xyxy: In canvas pixels; zeros where padded.
+        class_indices: int64; zeros where padded.
+        is_valid: False where padded.
+        is_crowd: True for ignored regions.
+        image_ids: For messages.
+    """
+
+    images: UInt8[Tensor, "N 3 H W"]
+    boxes_xyxy: Float[Tensor, "N M 4"]
+    class_indices: Int[Tensor, "N M"]
+    is_valid: Bool[Tensor, "N M"]
+    is_crowd: Bool[Tensor, "N M"]
+    image_ids: tuple[int | str, ...]
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device; copies from pinned memory do not block."""
+        return Batch(
+            images=self.images.to(device, non_blocking=True),
+            boxes_xyxy=self.boxes_xyxy.to(device, non_blocking=True),
+            class_indices=self.class_indices.to(device, non_blocking=True),
+            is_valid=self.is_valid.to(device, non_blocking=True),
+            is_crowd=self.is_crowd.to(device, non_blocking=True),
+            image_ids=self.image_ids,
+        )
+
+    def pin_memory(self) -> Batch:
+        """The batch in pinned memory; called by the data loader."""
+        return Batch(
+            images=self.images.pin_memory(),
+            boxes_xyxy=self.boxes_xyxy.pin_memory(),
+            class_indices=self.class_indices.pin_memory(),
+            is_valid=self.is_valid.pin_memory(),
+            is_crowd=self.is_crowd.pin_memory(),
+            image_ids=self.image_ids,
+        )
+
+
+class StreamSampler(Sampler[list[StreamIndex]]):
+    """The slice of each global batch that belongs to one worker.
+
+    Args:
+        num_images: Images in the data set, >= 1.
+        batch: Global batch, a multiple of `world_size`.
+        rank: This worker, in [0, world_size).
+        world_size: Number of workers.
+        seed: Seed of the order.
+        first_step: Step to begin with, for a resumed training.
+        last_step: Step to end before.
+
+    Raises:
+        ValueError: If there are no images, or the batch does not divide.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_images: int,
+        batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        first_step: int = 0,
+        last_step: int,
+    ) -> None:
+        if num_images < 1:
+            raise ValueError("num_images=0: a training needs at least one image")
+        if batch % world_size:
+            raise ValueError(f"batch={batch} does not divide among world_size={world_size} workers")
+        self._num_images = num_images
+        self._batch = batch
+        self._share = batch // world_size
+        self._rank = rank
+        self._seed = seed
+        self._steps = range(first_step, last_step)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[list[StreamIndex]]:
+        for step in self._steps:
+            first = step * self._batch + self._rank * self._share
+            yield [self._locate(place) for place in range(first, first + self._share)]
+
+    def _locate(self, place: int) -> StreamIndex:
+        epoch, index = divmod(place, self._num_images)
+        return epoch, int(_permute(self._num_images, self._seed, epoch)[index])
+
+
+_PERMUTATIONS: dict[tuple[int, int, int], Int[np.ndarray, " images"]] = {}
+
+
+def _permute(num_images: int, seed: int, epoch: int) -> Int[np.ndarray, " images"]:
+    key = (num_images, seed, epoch)
+    if key not in _PERMUTATIONS:
+        # A batch touches two epochs at most.
+        while len(_PERMUTATIONS) > 1:
+            _PERMUTATIONS.pop(next(iter(_PERMUTATIONS)))
+        _PERMUTATIONS[key] = np.random.default_rng([seed, epoch]).permutation(num_images)
+    return _PERMUTATIONS[key]
+
+
+class TrainingDataset(Dataset[Sample]):
+    """Reads, augments and places training images.
+
+    Args:
+        dataset: Images and ground truth.
+        images_root: Folder or S3 prefix of the files.
+        read: Gives the bytes at a URI; raises StorageError.
+        canvas: Network height and width.
+        augment: Strengths of the random changes.
+        seed: Seed of the random changes.
+        max_pixels: Larger files are refused before they are decoded.
+        allow_truncated: Accept files that end early.
+    """
+
+    def __init__(
+        self,
+        *,
+        dataset: CocoDataset,
+        images_root: str,
+        read: Callable[[str], bytes],
+        canvas: tuple[int, int],
+        augment: AugmentSettings,
+        seed: int,
+        max_pixels: int,
+        allow_truncated: bool,
+    ) -> None:
+        self._dataset = dataset
+        self._images_root = images_root
+        self._read = read
+        self._canvas = canvas
+        self._augment = augment
+        self._seed = seed
+        self._max_pixels = max_pixels
+        self._allow_truncated = allow_truncated
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: StreamIndex) -> Sample:
+        """One sample.
+
+        Raises:
+            DatasetError: If the image cannot be read or decoded; the text names file and id.
+        """
+        epoch, position = index
+        rng = np.random.default_rng([self._seed, epoch, position])
+        if rng.random() >= self._augment.mosaic:
+            return self._load(position, rng, *self._canvas)
+        others = rng.integers(0, len(self._dataset), 3)
+        return self._tile([position, *map(int, others)], rng)
+
+    def _load(self, position: int, rng: np.random.Generator, height: int, width: int) -> Sample:
+        record = self._dataset.images[position]
+        targets = self._dataset.targets(position)
+        plan = draw_plan(
+            rng,
+            self._augment,
+            height=record.height,
+            width=record.width,
+            boxes_xyxy=targets.boxes_xyxy,
+            canvas_height=height,
+            canvas_width=width,
+        )
+        pixels = self._read_pixels(position, needed_size(plan, record.height, record.width))
+        canvas = apply_plan(
+            plan,
+            pixels,
+            height=record.height,
+            width=record.width,
+            canvas_height=height,
+            canvas_width=width,
+        )
+        boxes, kept, is_stump = move_boxes(
+            plan, targets.boxes_xyxy, canvas_height=height, canvas_width=width
+        )
+        return Sample(
+            image=canvas,
+            boxes_xyxy=boxes[kept],
+            class_indices=targets.class_indices[kept],
+            is_crowd=(targets.is_crowd | is_stump)[kept],
+            image_id=record.image_id,
+        )
+
+    def _read_pixels(self, position: int, fit: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
+        record = self._dataset.images[position]
+        uri = resolve_image_uri(self._images_root, record.file_name)
+        try:
+            decoded = decode_image(
+                self._read(uri),
+                fit_height=fit[0],
+                fit_width=fit[1],
+                max_pixels=self._max_pixels,
+                allow_truncated=self._allow_truncated,
+            )
+        except (ImageError, StorageError) as error:
+            raise DatasetError(f"image {record.image_id!r} ({uri}): {error}") from error
+        if (decoded.full_height, decoded.full_width) != (record.height, record.width):
+            raise DatasetError(
+                f"image {record.image_id!r} ({uri}): the file is "
+                f"{decoded.full_height}x{decoded.full_width} (height x width, upright), "
+                f"the annotations say {record.height}x{record.width}; "
+                "run `retinaray doctor --fix` on the annotations"
+            )
+        return decoded.pixels
+
+    def _tile(self, positions: Sequence[int], rng: np.random.Generator) -> Sample:
+        """Four images around a random centre."""
+        height, width = self._canvas
+        centre_y = int(height * rng.uniform(0.35, 0.65))
+        centre_x = int(width * rng.uniform(0.35, 0.65))
+        canvas = np.zeros((height, width, 3), dtype=np.uint8)
+        corners = [(0, 0), (0, centre_x), (centre_y, 0), (centre_y, centre_x)]
+        samples = []
+        for (top, left), position in zip(corners, positions, strict=True):
+            part_height = height - top if top else centre_y
+            part_width = width - left if left else centre_x
+            sample = self._load(position, rng, part_height, part_width)
+            canvas[top : top + part_height, left : left + part_width] = sample.image
+            samples.append((sample, np.array([left, top, left, top], dtype=np.float32)))
+        return Sample(
+            image=canvas,
+            boxes_xyxy=np.concatenate([s.boxes_xyxy + shift for s, shift in samples]),
+            class_indices=np.concatenate([s.class_indices for s, _ in samples]),
+            is_crowd=np.concatenate([s.is_crowd for s, _ in samples]),
+            image_id=samples[0][0].image_id,
+        )
+
+
+def collate_samples(samples: Sequence[Sample]) -> Batch:
+    """Stack samples of one canvas size into a batch; at least one sample."""
+    num_boxes = max(1, max(len(sample.boxes_xyxy) for sample in samples))
+    boxes = torch.zeros(len(samples), num_boxes, 4)
+    class_indices = torch.zeros(len(samples), num_boxes, dtype=torch.int64)
+    is_valid = torch.zeros(len(samples), num_boxes, dtype=torch.bool)
+    is_crowd = torch.zeros(len(samples), num_boxes, dtype=torch.bool)
+    for row, sample in enumerate(samples):
+        count = len(sample.boxes_xyxy)
+        boxes[row, :count] = torch.from_numpy(sample.boxes_xyxy)
+        class_indices[row, :count] = torch.from_numpy(sample.class_indices)
+        is_valid[row, :count] = True
+        is_crowd[row, :count] = torch.from_numpy(sample.is_crowd)
+    images = torch.from_numpy(np.stack([sample.image for sample in samples]))
+    return Batch(
+        # NHWC memory seen as NCHW is channels-last already: no copy.
+        images=images.permute(0, 3, 1, 2),
+        boxes_xyxy=boxes,
+        class_indices=class_indices,
+        is_valid=is_valid,
+        is_crowd=is_crowd,
+        image_ids=tuple(sample.image_id for sample in samples),
+    )

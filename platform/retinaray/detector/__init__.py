@@ -1,0 +1,1 @@
+"""The detector: torch only, no files, no configuration, no Ray."""

@@ -1,0 +1,361 @@
+"""Batch inference with Ray Data: the driver's side, from a job to one merged result.
+
+The images are cut into numbered parts once; a part is one row of the dataset, and the worker that
+takes it fetches, decodes, detects and commits. So the driver sees parts, never images.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from retinaray.artifact import ModelCard, hash_content, model_kind, read_weights
+from retinaray.assembly.provenance import collect_versions, make_run_id
+from retinaray.assembly.reading import absolute_uri, read_json
+from retinaray.config.loading import load_from_dict, to_dict
+from retinaray.config.schema import InferJob
+from retinaray.distributed.resources import ClusterSize, connect, plan_inference
+from retinaray.errors import ClusterError, ConfigError
+from retinaray.evaluation.coco_map import CocoScores, evaluate_detections
+from retinaray.inference.manifest import Part, cut_parts, list_sources
+from retinaray.inference.onnx_contract import read_onnx_card
+from retinaray.inference.predictor import choose_backend
+from retinaray.inference.run_files import RunFiles, RunTotals
+from retinaray.reporting.inference_progress import InferenceView
+from retinaray.reporting.score_table import render_scores
+from retinaray.storage import Storage, is_s3, join_uri
+
+logger = logging.getLogger(__name__)
+
+MANIFEST_SCHEMA = pa.schema(
+    [
+        ("part", pa.int64()),
+        # JSON texts, because ids may be numbers or strings.
+        ("image_ids", pa.list_(pa.string())),
+        ("uris", pa.list_(pa.string())),
+    ]
+)
+_PARTS_PER_FILE = 500
+_NO_PROGRESS_TIMEOUT_S = 900
+# Settings that do not change the result: a run may be resumed with others.
+_FREE_SETTINGS = ("workers", "overwrite", "output")
+
+
+@dataclass(frozen=True)
+class InferOutcome:
+    """What a run left.
+
+    Attributes:
+        run: Folder or S3 prefix of the run.
+        detections: The merged COCO results.
+        totals: Parts, images, errors and detections.
+        errors: The first few errors.
+        backend: Runtime, and why it was chosen.
+        seconds: Wall time of this command.
+        images_per_s: Images that this command processed, over the time between first and last part.
+        scores: With annotations: COCO's numbers, computed from the written file.
+        exit_code: 0.
+    """
+
+    run: str
+    detections: str
+    totals: RunTotals
+    errors: tuple[Mapping[str, Any], ...]
+    backend: str
+    seconds: float
+    images_per_s: float
+    scores: CocoScores | None
+    exit_code: int = 0
+
+    def to_json(self) -> str:
+        """One line for machines."""
+        values = asdict(self)
+        values["scores"] = self.scores.to_dict() if self.scores else None
+        return json.dumps(values)
+
+    def to_text(self) -> str:
+        """A few lines for people."""
+        totals = self.totals
+        lines = [
+            f"{totals.num_images} images, {totals.num_detections} detections, {totals.num_errors} errors "
+            f"in {self.seconds:.0f} s ({self.images_per_s:.1f} img/s, {self.backend})"
+        ]
+        lines += [f"  error: {error['uri']}: {error['reason']}" for error in self.errors[:5]]
+        if totals.num_errors > 5:
+            lines.append(f"  ... all of them in {join_uri(self.run, 'errors')}")
+        lines += [f"detections  {self.detections}", f"run         {self.run}"]
+        if self.scores:
+            lines.append(render_scores(self.scores))
+        return "\n".join(lines)
+
+
+def run_inference(job: InferJob) -> InferOutcome:
+    """Detect in all images of a job; resumes by itself where an interrupted run of the same settings left off.
+
+    Raises:
+        ConfigError: If the output holds a run with other settings or another model.
+        CheckpointError, InferenceError: If the model cannot be run.
+        DatasetError: If there are no images, or the annotations cannot be read.
+        StorageError: If a location cannot be read or written.
+        ClusterError: If parts could not be processed.
+    """
+    start = time.monotonic()
+    job = _resolve_paths(job)
+    storage = Storage(endpoint_url=job.reading.endpoint_url)
+    files = RunFiles(_run_root(job.output), storage)
+    truth = read_json(job.annotations, job.reading) if job.annotations else None
+    content = storage.read_bytes(job.model)
+    card = _read_card(content, job.model)
+    record = _open_run(job, files, truth, hash_content(content), card)
+    num_parts = record["num_parts"]
+    with connect(min_cpus=2) as cluster:
+        backend, reason = choose_backend(
+            model_kind(job.model), job.backend, has_gpu=cluster.num_gpus > 0
+        )
+        logger.info("backend %s: %s", backend, reason)
+        images_per_s = _process(job, files, cluster, num_parts, backend)
+    totals = _finish(files, record, num_parts)
+    detections = files.detections
+    if job.output.endswith(".json"):
+        detections = job.output
+        with (
+            storage.open_reader(files.detections) as source,
+            storage.open_writer(detections) as out,
+        ):
+            while block := source.read(1 << 20):
+                out.write(block)
+    scores = evaluate_detections(truth, read_json(detections, job.reading)) if truth else None
+    seconds = round(time.monotonic() - start, 1)
+    result = {"scores": scores.to_dict() if scores else None, "seconds": seconds}
+    files.write_record(
+        {
+            **record,
+            **result,
+            "backend": backend,
+            "totals": asdict(totals),
+            "images_per_s": images_per_s,
+        }
+    )
+    storage.write_bytes(files.success, b"")
+    return InferOutcome(
+        run=files.root,
+        detections=detections,
+        totals=totals,
+        errors=tuple(files.read_errors(5)),
+        backend=f"{backend}: {reason}",
+        seconds=seconds,
+        images_per_s=images_per_s,
+        scores=scores,
+    )
+
+
+def _resolve_paths(job: InferJob) -> InferJob:
+    changes: dict[str, object] = {
+        "model": absolute_uri(job.model),
+        "images": absolute_uri(job.images),
+        "output": absolute_uri(job.output),
+    }
+    if job.annotations is not None:
+        changes["annotations"] = absolute_uri(job.annotations)
+    return load_from_dict(InferJob, to_dict(job), changes)
+
+
+def _run_root(output: str) -> str:
+    """The run's folder: the output itself, or `NAME_run` beside a NAME.json."""
+    return f"{output.removesuffix('.json')}_run" if output.endswith(".json") else output
+
+
+def _read_card(content: bytes, uri: str) -> ModelCard:
+    kind = model_kind(uri)
+    if kind == "weights":
+        return read_weights(content, source=uri)[0]
+    if kind == "onnx":
+        return read_onnx_card(content, uri=uri)[0]
+    from retinaray.inference.tensorrt_backend import read_plan_card
+
+    return read_plan_card(content, uri=uri)
+
+
+def _open_run(
+    job: InferJob,
+    files: RunFiles,
+    truth: Mapping[str, Any] | None,
+    model_sha256: str,
+    card: ModelCard,
+) -> dict[str, Any]:
+    """The run's record: of the interrupted run that is there, or of a new one whose manifest is cut now.
+
+    Raises:
+        ConfigError: If the output holds another run and --overwrite is not given.
+    """
+    settings = {key: value for key, value in to_dict(job).items() if key not in _FREE_SETTINGS}
+    record = None if job.overwrite else files.read_record()
+    if record is not None:
+        differences = [
+            f"{key}: {record['job'].get(key)} -> {value}"
+            for key, value in settings.items()
+            if json.dumps(record["job"].get(key)) != json.dumps(value)
+        ]
+        if record["model_sha256"] != model_sha256:
+            differences.append(
+                f"model: {record['model_sha256'][:12]} -> {model_sha256[:12]} (SHA-256)"
+            )
+        if differences:
+            raise ConfigError(
+                f"{files.root} holds a run with other settings: {'; '.join(differences)}. "
+                "Give another --output, or --overwrite to start over (its files are removed)"
+            )
+        logger.info("resuming run %s: %d parts", record["run_id"], record["num_parts"])
+        return record
+    files.remove_all()
+    num_parts, num_images = _write_manifest(
+        files, cut_parts(list_sources(job.images, truth, files.storage), job.part_size)
+    )
+    record = {
+        "run_id": make_run_id(),
+        "job": settings,
+        "model_sha256": model_sha256,
+        "training_run_id": card.run_id,
+        "categories": card.categories.to_json(),
+        "num_parts": num_parts,
+        "num_inputs": num_images,
+        "versions": collect_versions(),
+    }
+    files.write_record(record)
+    return record
+
+
+def _write_manifest(files: RunFiles, parts: Iterator[Part]) -> tuple[int, int]:
+    """Write the parts as Parquet; returns the number of parts and of images."""
+    num_parts = num_images = 0
+    while chunk := list(islice(parts, _PARTS_PER_FILE)):
+        table = pa.Table.from_pydict(
+            {
+                "part": [part.number for part in chunk],
+                "image_ids": [[json.dumps(s.image_id) for s in part.sources] for part in chunk],
+                "uris": [[source.uri for source in part.sources] for part in chunk],
+            },
+            schema=MANIFEST_SCHEMA,
+        )
+        sink = pa.BufferOutputStream()
+        # One row group per part, so that a reader of one part need not hold the others.
+        pq.write_table(table, sink, row_group_size=1)
+        name = f"parts-{chunk[0].number:09}.parquet"
+        files.storage.write_bytes(join_uri(files.manifest, name), sink.getvalue().to_pybytes())
+        num_parts += len(chunk)
+        num_images += sum(len(part.sources) for part in chunk)
+    return num_parts, num_images
+
+
+def _process(
+    job: InferJob, files: RunFiles, cluster: ClusterSize, num_parts: int, backend: str
+) -> float:
+    """Run all parts that are not committed yet; returns the images per second."""
+    done = files.list_committed()
+    if len(done) == num_parts:
+        return 0.0
+    plan = plan_inference(job.workers, num_parts - len(done), cluster)
+    logger.info(
+        "%d of %d parts to do, %d workers with %d threads",
+        num_parts - len(done),
+        num_parts,
+        plan.num_workers,
+        plan.num_threads,
+    )
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext
+    from ray.exceptions import RayError
+
+    from retinaray.distributed.detect_worker import DetectWorker
+
+    context = DataContext.get_current()
+    # Ray Data waits half an hour before it says that nothing moves.
+    context.execution_options.preserve_order = False
+    context.execution_no_progress_timeout_s = _NO_PROGRESS_TIMEOUT_S
+    context.enable_progress_bars = False
+    # A part whose worker dies again and again must not end the run: the others go on, and it is
+    # reported.
+    context.max_errored_blocks = -1
+    receipts = (
+        ray.data.read_parquet(_ray_paths(files), filesystem=_ray_filesystem(files))
+        .repartition(target_num_rows_per_block=1)
+        .map_batches(
+            DetectWorker,
+            batch_size=1,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+            compute=ActorPoolStrategy(size=plan.num_workers),
+            num_cpus=plan.num_cpus,
+            num_gpus=plan.num_gpus or None,
+            max_restarts=-1,
+            max_task_retries=2,
+            fn_constructor_kwargs={
+                "job": to_dict(job),
+                "backend": backend,
+                "root": files.root,
+                "threads": plan.num_threads,
+                "done": frozenset(done),
+            },
+        )
+    )
+    view = InferenceView(num_parts=num_parts, num_done=len(done))
+    with view:
+        try:
+            for batch in receipts.iter_batches(batch_size=None, batch_format="pyarrow"):
+                for row in batch.to_pylist():
+                    view.add(row["num_images"] + row["num_errors"], row["num_errors"])
+        except RayError as error:
+            raise ClusterError(
+                f"batch inference stopped: {_first_line(error)}; the finished parts are kept, "
+                "run the same command again to go on"
+            ) from error
+    return view.images_per_s
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+def _ray_paths(files: RunFiles) -> str:
+    return files.manifest.removeprefix("s3://")
+
+
+def _ray_filesystem(files: RunFiles) -> Any:
+    """Where Ray Data reads the manifest: named explicitly, so that an endpoint needs no environment variable."""
+    from pyarrow import fs
+
+    if not is_s3(files.root):
+        return fs.LocalFileSystem()
+    endpoint = files.storage.endpoint_url
+    return fs.S3FileSystem(endpoint_override=endpoint) if endpoint else fs.S3FileSystem()
+
+
+def _finish(files: RunFiles, record: Mapping[str, Any], num_parts: int) -> RunTotals:
+    """Merge, and hold the law: every input is an image or an error, exactly once.
+
+    Raises:
+        ClusterError: If parts are missing, or the counts do not add up.
+    """
+    missing = sorted(set(range(num_parts)) - files.list_committed())
+    if missing:
+        raise ClusterError(
+            f"{len(missing)} of {num_parts} parts were not finished, first {missing[:5]}: their workers died "
+            "each time (out of memory, or an image that kills its decoder); the other parts are kept, run the "
+            "same command again to retry these"
+        )
+    totals = files.merge(num_parts)
+    if totals.num_images + totals.num_errors != record["num_inputs"]:
+        raise ClusterError(
+            f"{record['num_inputs']} images went in, {totals.num_images} images and {totals.num_errors} errors "
+            f"came out in {files.root}: its files were changed by somebody else; use --overwrite"
+        )
+    return totals

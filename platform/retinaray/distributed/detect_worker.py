@@ -1,0 +1,87 @@
+"""One worker of a batch inference: an engine that takes parts, and commits them itself."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from retinaray.assembly.reading import make_predictor_settings, make_read_settings
+from retinaray.config.loading import load_from_dict
+from retinaray.config.schema import InferJob
+from retinaray.inference.pipeline import ImageSource, detect_images
+from retinaray.inference.predictor import load_predictor
+from retinaray.inference.run_files import PartReceipt, RunFiles
+from retinaray.storage import Storage
+
+RECEIPT_SCHEMA = pa.schema(
+    [
+        ("part", pa.int64()),
+        ("num_images", pa.int64()),
+        ("num_errors", pa.int64()),
+        ("num_detections", pa.int64()),
+    ]
+)
+
+
+class DetectWorker:
+    """Loads the model once, then processes one part per call.
+
+    Args:
+        job: A resolved InferJob as plain values.
+        backend: Chosen runtime.
+        root: Folder or S3 prefix of the run.
+        threads: Processor threads of the engine.
+        done: Parts that are committed already.
+    """
+
+    def __init__(
+        self,
+        *,
+        job: Mapping[str, Any],
+        backend: str,
+        root: str,
+        threads: int,
+        done: frozenset[int],
+    ) -> None:
+        # Ray sets one OpenMP thread per reserved CPU, whatever the engine is meant to use.
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        settings = load_from_dict(InferJob, dict(job))
+        self._job = settings
+        self._storage = Storage(endpoint_url=settings.reading.endpoint_url)
+        self._files = RunFiles(root, self._storage)
+        self._done = done
+        self._predictor, _ = load_predictor(
+            self._storage.read_bytes(settings.model),
+            uri=settings.model,
+            backend=backend,
+            settings=make_predictor_settings(
+                settings.detection, batch=settings.batch, threads=threads
+            ),
+        )
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """Process the parts in a batch of rows; parts that are committed already give no receipt."""
+        receipts = [
+            self._process(row["part"], row["image_ids"], row["uris"])
+            for row in rows.to_pylist()
+            if row["part"] not in self._done
+        ]
+        return pa.Table.from_pylist([vars(receipt) for receipt in receipts], RECEIPT_SCHEMA)
+
+    def _process(self, number: int, image_ids: list[str], uris: list[str]) -> PartReceipt:
+        sources = (
+            ImageSource(json.loads(image_id), uri)
+            for image_id, uri in zip(image_ids, uris, strict=True)
+        )
+        results = detect_images(
+            self._predictor,
+            sources,
+            read=self._storage.read_bytes,
+            batch=self._job.batch,
+            settings=make_read_settings(self._job.reading),
+        )
+        return self._files.commit(number, results)

@@ -1,0 +1,66 @@
+"""Events on their way from a worker, on whatever machine, to the driver that shows and keeps them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+_POLL_S = 0.5
+
+
+class EventBoard:
+    """A mailbox: workers post, the driver collects. Lives in an actor of its own."""
+
+    def __init__(self) -> None:
+        self._events: list[dict[str, Any]] = []
+
+    def post(self, event: dict[str, Any]) -> None:
+        """Leave an event."""
+        self._events.append(event)
+
+    def collect(self) -> list[dict[str, Any]]:
+        """Take all events that were left since the last call."""
+        events, self._events = self._events, []
+        return events
+
+
+@contextmanager
+def follow_events(handle: Callable[[dict[str, Any]], None]) -> Iterator[ActorHandle]:
+    """Run a mailbox whose events reach `handle`, in a thread of the driver, while the block runs.
+
+    Args:
+        handle: Called with each event in the order of its posting; the rest is handled before the
+            block ends.
+
+    Yields:
+        The actor to post to: `board.post.remote(event)`.
+    """
+    board = ray.remote(EventBoard).options(num_cpus=0, max_restarts=0).remote()
+    is_over = threading.Event()
+    failures: list[BaseException] = []
+
+    def poll() -> None:
+        try:
+            while not is_over.wait(_POLL_S):
+                for event in ray.get(board.collect.remote()):
+                    handle(event)
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=poll, name="events", daemon=True)
+    thread.start()
+    try:
+        yield board
+    finally:
+        is_over.set()
+        thread.join()
+        for event in [] if failures else ray.get(board.collect.remote()):
+            handle(event)
+        ray.kill(board)
+    if failures:
+        raise failures[0]

@@ -1,0 +1,184 @@
+"""Reaching Ray, and deciding how much of it a job takes. Decisions are pure; only `connect` talks to Ray."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from retinaray.errors import ClusterError
+
+logger = logging.getLogger(__name__)
+
+# Enough for the manifests and receipts that pass through it; pixels never do.
+_OBJECT_STORE_BYTES = 512 * 1024 * 1024
+_CPU_THREADS_PER_ENGINE = 2
+
+
+@dataclass(frozen=True)
+class ClusterSize:
+    """What a Ray cluster offers in all.
+
+    Attributes:
+        num_cpus: Logical processors.
+        num_gpus: GPUs.
+        num_nodes: Machines.
+        is_local: Whether the cluster was started by and for this command.
+    """
+
+    num_cpus: float
+    num_gpus: float
+    num_nodes: int
+    is_local: bool
+
+
+@dataclass(frozen=True)
+class WorkerPlan:
+    """How many worker processes run, and what each takes.
+
+    Attributes:
+        num_workers: Processes.
+        num_cpus: Logical processors that each reserves.
+        num_gpus: GPUs that each reserves; 0 or 1.
+        num_threads: Threads that each computes with.
+    """
+
+    num_workers: int
+    num_cpus: float
+    num_gpus: int
+    num_threads: int
+
+
+def plan_training(num_workers: int, cluster: ClusterSize) -> WorkerPlan:
+    """Resources of the training workers: one GPU each where there are any, else a share of the processors.
+
+    Raises:
+        ClusterError: If the cluster has GPUs but fewer than workers, or fewer processors than
+            workers.
+    """
+    if cluster.num_gpus and cluster.num_gpus < num_workers:
+        raise ClusterError(
+            f"run.workers={num_workers} needs {num_workers} GPUs, the cluster has {cluster.num_gpus:g}: "
+            "lower --workers or add GPU nodes"
+        )
+    if cluster.num_cpus < num_workers:
+        raise ClusterError(
+            f"run.workers={num_workers} needs {num_workers} CPUs, the cluster has {cluster.num_cpus:g}: "
+            "lower --workers or add nodes"
+        )
+    threads = max(1, int(cluster.num_cpus / num_workers))
+    num_gpus = 1 if cluster.num_gpus else 0
+    return WorkerPlan(num_workers=num_workers, num_cpus=1, num_gpus=num_gpus, num_threads=threads)
+
+
+def plan_inference(num_workers: int | None, num_parts: int, cluster: ClusterSize) -> WorkerPlan:
+    """Resources of the engine workers; one processor at least stays free for Ray Data itself.
+
+    Args:
+        num_workers: As asked for; none = one per GPU, or one per two processors without GPUs.
+        num_parts: Units of work: more workers than these would idle.
+        cluster: What there is.
+
+    Raises:
+        ClusterError: If the cluster has GPUs but fewer than workers.
+    """
+    if num_workers is None:
+        by_cpu = max(1, int(cluster.num_cpus // _CPU_THREADS_PER_ENGINE))
+        num_workers = int(cluster.num_gpus) or by_cpu
+    elif cluster.num_gpus and cluster.num_gpus < num_workers:
+        raise ClusterError(
+            f"workers={num_workers} needs {num_workers} GPUs, the cluster has {cluster.num_gpus:g}: "
+            "lower --workers or add GPU nodes"
+        )
+    num_workers = max(1, min(num_workers, num_parts))
+    # Ray Data stalls without an error when its actors hold every logical CPU.
+    free = max(0.5, cluster.num_cpus - 1)
+    num_cpus = min(1.0, int(100 * free / num_workers) / 100)
+    if num_cpus < 0.01:
+        raise ClusterError(
+            f"workers={num_workers} is too many for {cluster.num_cpus:g} CPUs: lower --workers or add nodes"
+        )
+    return WorkerPlan(
+        num_workers=num_workers,
+        num_cpus=num_cpus,
+        num_gpus=1 if cluster.num_gpus else 0,
+        num_threads=max(1, int(cluster.num_cpus / num_workers)),
+    )
+
+
+@contextmanager
+def connect(*, min_cpus: int = 1) -> Iterator[ClusterSize]:
+    """Be connected to Ray: the cluster that is already there, RAY_ADDRESS, or one of our own on this machine.
+
+    Args:
+        min_cpus: Logical processors that an own cluster shall have at least.
+
+    Yields:
+        What the cluster offers. An own cluster is stopped afterwards.
+
+    Raises:
+        ClusterError: If Ray cannot be reached or started.
+    """
+    _prepare_environment()
+    import ray
+
+    was_connected = ray.is_initialized()
+    address = os.environ.get("RAY_ADDRESS")
+    if not was_connected:
+        _start(address, min_cpus)
+    try:
+        totals = ray.cluster_resources()
+        yield ClusterSize(
+            num_cpus=totals.get("CPU", 0),
+            num_gpus=totals.get("GPU", 0),
+            num_nodes=sum(1 for node in ray.nodes() if node["Alive"]),
+            is_local=address is None,
+        )
+    finally:
+        if not was_connected:
+            ray.shutdown()
+
+
+def _start(address: str | None, min_cpus: int) -> None:
+    import ray
+
+    try:
+        if address is not None:
+            logger.info("connecting to Ray at %s", address)
+            ray.init(address=address, logging_level="warning", log_to_driver=False)
+            return
+        num_cpus = max(os.cpu_count() or 1, min_cpus)
+        logger.info("starting Ray on this machine (%d CPUs)", num_cpus)
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            logging_level="warning",
+            log_to_driver=False,
+        )
+    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+        where = f"reach Ray at {address} (RAY_ADDRESS)" if address else "start Ray on this machine"
+        raise ClusterError(f"cannot {where}: {error}") from error
+
+
+def _prepare_environment() -> None:
+    """Settings that Ray reads when it starts; what the user has set stays."""
+    defaults = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # Workers keep the driver's folder instead of one of their own.
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    }
+    if "RAY_ADDRESS" not in os.environ and "RAY_AUTH_MODE" not in os.environ:
+        # A cluster of our own listens on this machine's ports: nobody else may use it, and no token
+        # file is
+        # left behind that would switch authentication on for the user's other clusters.
+        defaults |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)

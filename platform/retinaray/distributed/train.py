@@ -1,0 +1,256 @@
+"""Training with Ray Train: the driver's side, from a job to kept weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from retinaray.assembly.provenance import collect_versions, make_run_id
+from retinaray.assembly.reading import make_reader
+from retinaray.assembly.training import TrainingInputs, count_steps, read_inputs, resolve_paths
+from retinaray.config.loading import to_dict
+from retinaray.config.schema import TrainJob
+from retinaray.distributed.resources import WorkerPlan, connect, plan_training
+from retinaray.errors import ClusterError, ConfigError
+from retinaray.reporting.training_log import TrainingLog
+from retinaray.reporting.training_progress import TrainingView
+from retinaray.storage import is_s3
+
+logger = logging.getLogger(__name__)
+
+RAY_RUN_NAME = "ray_train"
+WEIGHTS_FILE = "weights.pth"
+STATE_FILE = "training.pth"
+# Settings that may change when a training is resumed: they do not change what is computed.
+_FREE_SETTINGS = (
+    ("run", "override"),
+    ("run", "workers"),
+    ("run", "max_failures"),
+    ("run", "log_every"),
+    ("data", "loader_processes"),
+    ("reading", "threads"),
+)
+
+
+@dataclass(frozen=True)
+class TrainOutcome:
+    """What a training left.
+
+    Attributes:
+        model: Weights file: the best by validation AP, or the last without validation.
+        run_folder: Checkpoints, metrics, curves.
+        metrics: Of the kept weights: AP, AP50, epoch, step.
+        steps: Steps taken in all.
+        seconds: Wall time of this command.
+        exit_code: 0.
+    """
+
+    model: str
+    run_folder: str
+    metrics: Mapping[str, Any]
+    steps: int
+    seconds: float
+    exit_code: int = 0
+
+    def to_json(self) -> str:
+        """One line for machines."""
+        return json.dumps(asdict(self))
+
+    def to_text(self) -> str:
+        """A few lines for people."""
+        score = self.metrics.get("AP")
+        kept = "last weights (no validation set)"
+        if score is not None:
+            kept = f"epoch {self.metrics['epoch']:.4g}, validation AP {score:.3f}"
+            kept += f", AP50 {self.metrics['AP50']:.3f}"
+        return (
+            f"{self.steps} steps in {self.seconds:.0f} s\n"
+            f"weights  {self.model}  ({kept})\n"
+            f"run      {self.run_folder}  (loss.png, metrics.jsonl, tensorboard/, last.pth)"
+        )
+
+
+def run_training(job: TrainJob) -> TrainOutcome:
+    """Train a detector; resumes by itself where an interrupted run of the same settings left off.
+
+    Raises:
+        ConfigError: If the output is not local, or holds a run with other settings.
+        DatasetError: If the data cannot be learnt from.
+        CheckpointError: If backbone weights cannot be used.
+        ClusterError: If the cluster is too small, or the training failed more often than allowed.
+    """
+    start = time.monotonic()
+    if is_s3(job.output):
+        raise ConfigError(f"output={job.output!r}: expected a local path for the weights file")
+    job = resolve_paths(job)
+    inputs = read_inputs(job)
+    folder = Path(job.output).with_suffix("")
+    folder = folder.with_name(folder.name + "_run")
+    record = _open_run(job, folder)
+    _announce(job, inputs)
+    with connect(min_cpus=job.run.workers) as cluster:
+        plan = plan_training(job.run.workers, cluster)
+        with TrainingLog(folder) as log, TrainingView() as view:
+            metrics = _fit(job, plan, folder, record, log, view)
+    return TrainOutcome(
+        model=job.output,
+        run_folder=str(folder),
+        metrics=metrics["kept"],
+        steps=metrics["steps"],
+        seconds=round(time.monotonic() - start, 1),
+    )
+
+
+def _announce(job: TrainJob, inputs: TrainingInputs) -> None:
+    train = inputs.train
+    logger.info(
+        "%d training images, %d validation images, %d classes (%s), canvas %dx%d (height x width), %d steps of %d",
+        len(train),
+        len(inputs.val or ()),
+        len(train.categories),
+        ", ".join(train.categories.names[:8]) + (", ..." if len(train.categories) > 8 else ""),
+        *inputs.canvas,
+        count_steps(job, len(train)),
+        job.run.batch,
+    )
+
+
+def _open_run(job: TrainJob, folder: Path) -> dict[str, Any]:
+    """The run's record: a new one, or that of the interrupted run in this folder.
+
+    Raises:
+        ConfigError: If the folder holds a run with other settings or data, and --override is not
+            given.
+    """
+    read = make_reader(job.reading)
+    annotations = {
+        uri: hashlib.sha256(read(uri)).hexdigest()
+        for uri in (job.data.annotations, job.data.val_annotations)
+        if uri is not None
+    }
+    path = folder / "run.json"
+    if path.exists() and not job.run.override:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        differences = _compare(found["job"], to_dict(job))
+        if found["annotations_sha256"] != annotations:
+            differences.append("the annotation files have changed")
+        if differences:
+            raise ConfigError(
+                f"{folder} holds a run with other settings: {'; '.join(differences)}. "
+                "Give another model path, or --override to start over (its checkpoints are removed)"
+            )
+        logger.info("resuming run %s in %s", found["run_id"], folder)
+        return found
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    record = {
+        "run_id": make_run_id(),
+        "job": to_dict(job),
+        "annotations_sha256": annotations,
+        "versions": collect_versions(),
+    }
+    path.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    return record
+
+
+def _compare(
+    old: Mapping[str, Any], new: Mapping[str, Any], path: tuple[str, ...] = ()
+) -> list[str]:
+    """Settings that differ, as `path: old -> new`."""
+    differences: list[str] = []
+    for key in sorted(set(old) | set(new)):
+        place = (*path, key)
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            differences += _compare(before, after, place)
+        elif json.dumps(before) != json.dumps(after) and place not in _FREE_SETTINGS:
+            differences.append(f"{'.'.join(place)}: {before} -> {after}")
+    return differences
+
+
+def _fit(
+    job: TrainJob,
+    plan: WorkerPlan,
+    folder: Path,
+    record: Mapping[str, Any],
+    log: TrainingLog,
+    view: TrainingView,
+) -> dict[str, Any]:
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from retinaray.distributed.reporting import follow_events
+    from retinaray.distributed.train_worker import train_worker
+
+    def handle(event: dict[str, Any]) -> None:
+        log.write(event)
+        view.show(event)
+
+    resources = {"CPU": plan.num_cpus, **({"GPU": 1} if plan.num_gpus else {})}
+    with follow_events(handle) as board:
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={
+                "job": to_dict(job),
+                "run_id": record["run_id"],
+                "threads": plan.num_threads,
+                "board": board,
+            },
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=plan.num_workers,
+                use_gpu=bool(plan.num_gpus),
+                resources_per_worker=resources,
+            ),
+            torch_config=TorchConfig(backend="nccl" if plan.num_gpus else "gloo"),
+            run_config=ray.train.RunConfig(
+                name=RAY_RUN_NAME,
+                storage_path=str(folder),
+                failure_config=ray.train.FailureConfig(max_failures=job.run.max_failures),
+                checkpoint_config=ray.train.CheckpointConfig(
+                    num_to_keep=2,
+                    checkpoint_score_attribute="score",
+                    checkpoint_score_order="max",
+                ),
+            ),
+        )
+        try:
+            result = trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise ClusterError(f"training failed: {_find_cause(error)}") from error
+    return _keep_weights(result, Path(job.output), folder)
+
+
+def _find_cause(error: BaseException) -> str:
+    """What the first failed worker said, without the stack of processes around it."""
+    failures: Mapping[int, BaseException] = getattr(error, "worker_failures", None) or {}
+    for failure in failures.values():
+        text = str(failure).strip().splitlines()
+        if text:
+            return text[-1]
+    return str(error).strip().splitlines()[0]
+
+
+def _keep_weights(result: Any, output: Path, folder: Path) -> dict[str, Any]:
+    """Copy the best weights to the output and the last beside the checkpoints."""
+    if result.checkpoint is None:
+        raise ClusterError(f"the training ended without a checkpoint; see {folder}")
+    best = max(result.best_checkpoints, key=lambda pair: pair[1]["score"])
+    _copy_weights(result.checkpoint, folder / "last.pth")
+    _copy_weights(best[0], output)
+    kept = {key: best[1].get(key) for key in ("AP", "AP50", "AP75", "epoch", "step")}
+    return {"kept": kept, "steps": result.metrics["step"]}
+
+
+def _copy_weights(checkpoint: Any, target: Path) -> None:
+    with checkpoint.as_directory() as source:
+        temporary = target.with_name(target.name + ".part")
+        shutil.copyfile(Path(source) / WEIGHTS_FILE, temporary)
+        temporary.replace(target)

@@ -1,0 +1,1 @@
+"""A trained model as portable files, checked against the original."""

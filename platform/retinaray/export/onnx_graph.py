@@ -1,0 +1,182 @@
+"""A trained detector as one ONNX file that runs anywhere: standard operators, opset 17, no NMS, metadata inside.
+
+Normalisation is the first operation of the graph and the boxes leave it decoded, so that no runtime has
+anything of its own to get wrong.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+
+from retinaray.artifact import ModelCard
+from retinaray.detector.anchors import make_anchors
+from retinaray.detector.postprocess import select_candidates
+from retinaray.detector.retinanet import RetinaNet
+from retinaray.errors import ExportError
+from retinaray.inference.onnx_contract import INPUT_NAME, OUTPUT_NAMES
+
+if TYPE_CHECKING:
+    import onnx
+
+OPSET = 17
+# TensorRT 8.5 to 11 read opset 17; TensorRT's TopK takes fewer than 3840.
+MAX_TOP_K = 3839
+
+InputType = Literal["uint8", "float32"]
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What to write.
+
+    Attributes:
+        canvas: Network height and width.
+        input_type: `uint8` for batch inference, `float32` for DeepStream; RGB 0..255 either way.
+        top_k: Candidates per image, at most MAX_TOP_K.
+    """
+
+    canvas: tuple[int, int]
+    input_type: InputType = "uint8"
+    top_k: int = 1000
+
+
+class ExportedDetector(nn.Module):
+    """The graph that is exported: pixels in, candidates out.
+
+    Args:
+        model: The trained network.
+        settings: Canvas and number of candidates.
+    """
+
+    def __init__(self, model: RetinaNet, settings: ExportSettings) -> None:
+        super().__init__()
+        self.model = model
+        self._height, self._width = settings.canvas
+        self._top_k = settings.top_k
+        anchors = make_anchors(model.anchor_spec, *settings.canvas)
+        self.anchors_xyxy: Tensor
+        self.register_buffer("anchors_xyxy", anchors, persistent=False)
+
+    def forward(
+        self, images: UInt8[Tensor, "N 3 H W"] | Float[Tensor, "N 3 H W"]
+    ) -> tuple[Float[Tensor, "N D 4"], Float[Tensor, "N D"], Int[Tensor, "N D"]]:
+        """Boxes xyxy in network pixels, scores and labels, by falling score."""
+        logits, deltas = self.model(images)
+        return select_candidates(
+            logits,
+            deltas,
+            self.anchors_xyxy,
+            height=self._height,
+            width=self._width,
+            top_k=self._top_k,
+        )
+
+
+def export_onnx(model: RetinaNet, card: ModelCard, settings: ExportSettings) -> bytes:
+    """Write a network as ONNX.
+
+    Args:
+        model: The trained network, on the CPU in evaluation mode.
+        card: Travels in the file's metadata, with the exported canvas.
+        settings: What to write.
+
+    Returns:
+        The file's content: input `images` [N, 3, H, W]; outputs `boxes` [N, D, 4] float32 xyxy in network pixels,
+        `scores` [N, D] float32 and `labels` [N, D] int32; N is the only free axis.
+
+    Raises:
+        ExportError: If the exporter or the ONNX checker refuses, or the graph does not keep the contract.
+    """
+    import onnx
+
+    program = _trace(ExportedDetector(model, settings).eval(), settings)
+    buffer = io.BytesIO()
+    program.save(buffer)
+    proto = onnx.load_model_from_string(buffer.getvalue())
+    for key, value in replace(card, canvas=settings.canvas).to_metadata().items():
+        proto.metadata_props.add(key=key, value=value)
+    _name_batch_axis(proto)
+    check_contract(proto)
+    return bytes(proto.SerializeToString())
+
+
+def _trace(detector: ExportedDetector, settings: ExportSettings) -> Any:
+    """The exporter's program for a free batch size."""
+    dtype = torch.uint8 if settings.input_type == "uint8" else torch.float32
+    # Two images: the exporter specialises on a batch of one.
+    example = torch.zeros(2, 3, *settings.canvas, dtype=dtype)
+    try:
+        with warnings.catch_warnings(), _quiet("torch.onnx"), _quiet("onnxscript"):
+            # The exporter warns and logs about its own internals.
+            warnings.simplefilter("ignore")
+            return torch.onnx.export(
+                detector,
+                (example,),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[INPUT_NAME],
+                output_names=list(OUTPUT_NAMES),
+                dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1, max=1024)}},
+                verbose=False,
+            )
+    except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
+        raise ExportError(f"torch's ONNX exporter failed: {error}") from error
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    exporter_logger = logging.getLogger(name)
+    level = exporter_logger.level
+    exporter_logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        exporter_logger.setLevel(level)
+
+
+def _name_batch_axis(proto: onnx.ModelProto) -> None:
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "N"
+
+
+def check_contract(proto: onnx.ModelProto) -> None:
+    """Hold an ONNX file to the contract.
+
+    Args:
+        proto: The whole model.
+
+    Raises:
+        ExportError: If the checker refuses it, an operator is not a standard one, the opset is another, or a
+            shape other than the batch is free.
+    """
+    import onnx
+
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"the ONNX checker refuses the exported file: {error}") from error
+    faults = []
+    opsets = {entry.domain: entry.version for entry in proto.opset_import}
+    if opsets.get("") != OPSET:
+        faults.append(f"opset {opsets.get('')} instead of {OPSET}")
+    foreign = sorted({f"{node.domain}::{node.op_type}" for node in proto.graph.node if node.domain})
+    if foreign or proto.functions:
+        faults.append(f"operators outside the standard: {foreign or 'local functions'}")
+    names = tuple(value.name for value in proto.graph.output)
+    if names != OUTPUT_NAMES:
+        faults.append(f"outputs {names} instead of {OUTPUT_NAMES}")
+    for value in (*proto.graph.input, *proto.graph.output):
+        if not all(axis.dim_value > 0 for axis in value.type.tensor_type.shape.dim[1:]):
+            faults.append(f"{value.name} has a free axis besides the batch")
+    if faults:
+        raise ExportError(f"the exported file does not keep its contract: {'; '.join(faults)}")

@@ -1,0 +1,1 @@
+"""One predictor protocol, several runtimes."""

@@ -1,0 +1,193 @@
+"""From files to detections in original pixels: fetch and decode ahead in threads, predict in batches.
+
+The same code serves the evaluation of a model, the validation during training and each worker of a
+cluster run. One bad image is one error, never a failed run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+
+from retinaray.data.coco import CategoryTable
+from retinaray.data.image_decoding import decode_image
+from retinaray.data.transforms import Placement, letterbox
+from retinaray.detector.postprocess import Detections
+from retinaray.errors import ImageError, StorageError
+from retinaray.inference.predictor import Predictor
+
+# Batches that are decoded while the network works on one.
+_BATCHES_AHEAD = 3
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """One image to process: its id in the results, and where its bytes are."""
+
+    image_id: int | str
+    uri: str
+
+
+@dataclass(frozen=True)
+class ImageResult:
+    """What came of one image.
+
+    Attributes:
+        source: Which image.
+        height: Upright height in pixels; 0 when it failed.
+        width: Upright width in pixels; 0 when it failed.
+        detections: COCO results of this image: category_id, bbox xywh in original pixels, score;
+            best first.
+        error: Why there are none; empty when there was no error.
+        exception: Class of the error.
+    """
+
+    source: ImageSource
+    height: int = 0
+    width: int = 0
+    detections: tuple[dict[str, object], ...] = ()
+    error: str = ""
+    exception: str = ""
+
+    @property
+    def coco_results(self) -> list[dict[str, object]]:
+        """The detections as a COCO results list, each with its image_id."""
+        return [{"image_id": self.source.image_id, **found} for found in self.detections]
+
+
+@dataclass(frozen=True)
+class ReadSettings:
+    """How files become canvases.
+
+    Attributes:
+        threads: Files fetched and decoded at once.
+        max_pixels: Larger files are refused before they are decoded.
+        allow_truncated: Accept files that end early.
+    """
+
+    threads: int = 8
+    max_pixels: int = 178_956_970
+    allow_truncated: bool = False
+
+
+_Loaded = tuple[UInt8[np.ndarray, "H W 3"], Placement]
+
+
+def detect_images(
+    predictor: Predictor,
+    sources: Iterable[ImageSource],
+    *,
+    read: Callable[[str], bytes],
+    batch: int,
+    settings: ReadSettings,
+) -> Iterator[ImageResult]:
+    """Detect in many images.
+
+    Args:
+        predictor: The model.
+        sources: Images, consumed as needed; may be endless.
+        read: Gives the bytes at a URI; raises StorageError.
+        batch: Images per network call.
+        settings: Reading.
+
+    Yields:
+        One result per source, in their order. Images that cannot be read or decoded have an error,
+        and do not change which other images share a batch.
+    """
+    remaining = iter(sources)
+    with ThreadPoolExecutor(settings.threads, thread_name_prefix="decode") as pool:
+        waiting: list[tuple[ImageSource, Future[_Loaded]]] = []
+
+        def refill() -> None:
+            for source in islice(remaining, batch * (1 + _BATCHES_AHEAD) - len(waiting)):
+                loading = pool.submit(load_canvas, source, predictor.canvas, read, settings)
+                waiting.append((source, loading))
+
+        refill()
+        while waiting:
+            current, waiting[:] = waiting[:batch], waiting[batch:]
+            results = [_settle(source, loading) for source, loading in current]
+            refill()
+            yield from _predict_batch(predictor, results)
+
+
+def load_canvas(
+    source: ImageSource,
+    canvas: tuple[int, int],
+    read: Callable[[str], bytes],
+    settings: ReadSettings,
+) -> _Loaded:
+    """Fetch, decode and letterbox one image.
+
+    Raises:
+        StorageError: If the bytes cannot be had.
+        ImageError: If they are no usable image.
+    """
+    decoded = decode_image(
+        read(source.uri),
+        fit_height=canvas[0],
+        fit_width=canvas[1],
+        max_pixels=settings.max_pixels,
+        allow_truncated=settings.allow_truncated,
+    )
+    return letterbox(
+        decoded.pixels,
+        height=decoded.full_height,
+        width=decoded.full_width,
+        canvas_height=canvas[0],
+        canvas_width=canvas[1],
+    )
+
+
+def _settle(
+    source: ImageSource, loading: Future[_Loaded]
+) -> ImageResult | tuple[ImageSource, _Loaded]:
+    try:
+        return source, loading.result()
+    except (ImageError, StorageError) as error:
+        return ImageResult(source=source, error=str(error), exception=type(error).__name__)
+
+
+def _predict_batch(
+    predictor: Predictor, items: Sequence[ImageResult | tuple[ImageSource, _Loaded]]
+) -> Iterator[ImageResult]:
+    loaded = [item for item in items if not isinstance(item, ImageResult)]
+    found: Iterator[Detections] = iter(())
+    if loaded:
+        stacked = torch.from_numpy(np.stack([pixels for _, (pixels, _) in loaded]))
+        found = iter(predictor.predict(stacked.permute(0, 3, 1, 2)))
+    for item in items:
+        if isinstance(item, ImageResult):
+            yield item
+            continue
+        source, (_, placement) = item
+        yield ImageResult(
+            source=source,
+            height=placement.height,
+            width=placement.width,
+            detections=tuple(_to_coco(next(found), placement, predictor.card.categories)),
+        )
+
+
+def _to_coco(
+    detections: Detections, placement: Placement, categories: CategoryTable
+) -> Iterator[dict[str, object]]:
+    """COCO results in original pixels; boxes that lie in the padding are left out."""
+    boxes = placement.to_original(detections.boxes_xyxy.numpy()).astype(np.float64)
+    ids = categories.ids
+    for (x1, y1, x2, y2), score, label in zip(
+        boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True
+    ):
+        if x2 > x1 and y2 > y1:
+            yield {
+                "category_id": ids[label],
+                # A hundredth of a pixel and a millionth of a score: below what any runtime repeats.
+                "bbox": [round(x1, 2), round(y1, 2), round(x2 - x1, 2), round(y2 - y1, 2)],
+                "score": round(score, 6),
+            }

@@ -1,0 +1,1 @@
+"""Pictures, tables and logs that people look at."""

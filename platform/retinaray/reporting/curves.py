@@ -1,0 +1,67 @@
+"""Curves of a training as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def draw_training_curves(events: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Losses, validation AP and learning rate over epochs, as a PNG.
+
+    Args:
+        events: As `training_log.read_events` gives them; without progress nothing is drawn.
+        path: File to write.
+    """
+    # The object interface leaves pyplot's global state and its display back end alone.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    progress = [event for event in events if event["kind"] == "progress"]
+    validations = [event for event in events if event["kind"] == "validation"]
+    if not progress:
+        return
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    epochs = [event["epoch"] for event in progress]
+    lines = [
+        losses.plot(epochs, _smooth([e["class_loss"] for e in progress]), label="class loss")[0],
+        losses.plot(epochs, _smooth([e["box_loss"] for e in progress]), label="box loss")[0],
+    ]
+    losses.set_ylabel("loss per foreground anchor")
+    losses.set_ylim(bottom=0)
+    losses.grid(alpha=0.3)
+    scored = [event for event in validations if event.get("AP") is not None]
+    if scored:
+        scores = losses.twinx()
+        scored_epochs = [event["epoch"] for event in scored]
+        for name, colour in (("AP", "tab:green"), ("AP50", "tab:olive")):
+            lines += scores.plot(
+                scored_epochs,
+                [event[name] for event in scored],
+                marker=".",
+                color=colour,
+                label=f"validation {name}",
+            )
+        scores.set_ylabel("validation AP")
+        scores.set_ylim(0, 1)
+    losses.legend(handles=lines, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 1.12))
+    rates.plot(epochs, [event["learning_rate"] for event in progress], color="tab:grey")
+    rates.set_ylabel("learning rate")
+    rates.set_xlabel("epoch")
+    rates.set_ylim(bottom=0)
+    rates.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def _smooth(values: Sequence[float], weight: float = 0.7) -> list[float]:
+    """Exponential average without the bias of its start."""
+    smoothed = []
+    total = norm = 0.0
+    for value in values:
+        total = weight * total + (1 - weight) * value
+        norm = weight * norm + (1 - weight)
+        smoothed.append(total / norm)
+    return smoothed

@@ -1,0 +1,1 @@
+"""One training process: schedule, step, state, loop. No Ray."""

@@ -1,0 +1,321 @@
+from __future__ import annotations
+
+import ast
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from rich.logging import RichHandler
+
+from retinaray import __version__, cli, errors
+from retinaray.config.nodes import Job
+
+REPOSITORY = Path(__file__).parents[2]
+TRAIN = ["train", "model.pth", "--annotations", "train.json"]
+
+
+@dataclass
+class FakeOutcome:
+    exit_code: int = 0
+
+    def to_json(self) -> str:
+        return json.dumps({"map": 0.5})
+
+    def to_text(self) -> str:
+        return "mAP  0.500\n"
+
+
+@dataclass
+class FakeRunner:
+    """Stands for a runner: answers with an outcome, or raises what a test puts in."""
+
+    outcome: FakeOutcome = field(default_factory=FakeOutcome)
+    error: BaseException | None = None
+    jobs: list[Job] = field(default_factory=list)
+
+    def run(self, job: Job) -> FakeOutcome:
+        self.jobs.append(job)
+        logging.getLogger("retinaray.fake").info("working")
+        logging.getLogger("retinaray.fake").debug("details")
+        logging.getLogger("retinaray.fake").warning("odd image")
+        if self.error is not None:
+            raise self.error
+        return self.outcome
+
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch) -> FakeRunner:
+    """A runner that every verb calls instead of its own."""
+    fake = FakeRunner()
+    module = types.ModuleType("fake_runner")
+    vars(module)["run"] = fake.run
+    monkeypatch.setitem(sys.modules, "fake_runner", module)
+    for name, verb in cli.VERBS.items():
+        monkeypatch.setitem(cli.VERBS, name, cli.Verb(verb.job, "fake_runner:run", verb.help))
+    return fake
+
+
+@pytest.fixture(autouse=True)
+def _restore_logging() -> Iterator[None]:
+    root, own = logging.getLogger(), logging.getLogger("retinaray")
+    handlers, level = list(root.handlers), own.level
+    yield
+    root.handlers[:] = handlers
+    own.setLevel(level)
+
+
+def test_main_ends_stdout_with_one_line_of_json(
+    runner: FakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*TRAIN, "--resize", "600"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == '{"map": 0.5}\n'
+    assert printed.err.endswith("mAP  0.500\n")
+    (job,) = runner.jobs
+    assert job.model_dump()["data"]["resize"] == 600
+
+
+def test_main_hands_on_the_exit_code_of_the_outcome(runner: FakeRunner) -> None:
+    runner.outcome = FakeOutcome(exit_code=1)
+    assert cli.main(["doctor", "--annotations", "a.json"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "shown", "hidden"),
+    [
+        ([], ["INFO working", "WARNING odd image", "mAP"], ["details"]),
+        (["-v"], ["DEBUG details", "INFO working", "WARNING odd image", "mAP"], []),
+        (["--quiet"], ["WARNING odd image"], ["working", "details", "mAP"]),
+    ],
+)
+def test_main_logs_plain_lines_on_stderr_when_it_is_no_terminal(
+    runner: FakeRunner,
+    capsys: pytest.CaptureFixture[str],
+    argv: list[str],
+    shown: list[str],
+    hidden: list[str],
+) -> None:
+    assert cli.main([*TRAIN, *argv]) == 0
+    text = capsys.readouterr().err
+    assert all(words in text for words in shown)
+    assert not any(words in text for words in hidden)
+    assert "\x1b" not in text
+
+
+def test_configure_logging_uses_rich_when_stderr_is_a_terminal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    cli.configure_logging("normal")
+    assert isinstance(logging.getLogger().handlers[-1], RichHandler)
+
+
+def test_configure_logging_replaces_its_handler_when_called_again() -> None:
+    before = len(logging.getLogger().handlers)
+    cli.configure_logging("normal")
+    cli.configure_logging("verbose")
+    assert len(logging.getLogger().handlers) == before + 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.ConfigError("bad"), 2),
+        (errors.DatasetError("bad"), 2),
+        (errors.CheckpointError("bad"), 2),
+        (errors.ImageError("bad"), 2),
+        (errors.ClusterError("bad"), 1),
+        (errors.StorageError("bad"), 1),
+        (errors.ExportError("bad"), 1),
+        (errors.InferenceError("bad"), 1),
+    ],
+    ids=lambda entry: type(entry).__name__ if isinstance(entry, Exception) else None,
+)
+def test_main_shows_an_expected_error_as_one_message(
+    runner: FakeRunner,
+    capsys: pytest.CaptureFixture[str],
+    error: errors.RetinarayError,
+    code: int,
+) -> None:
+    runner.error = error
+    assert cli.main(TRAIN) == code
+    printed = capsys.readouterr()
+    assert "error: bad\n" in printed.err
+    assert "Traceback" not in printed.err
+    assert printed.out == ""
+
+
+def test_exit_codes_cover_every_error_class() -> None:
+    tested = {"Config", "Dataset", "Checkpoint", "Image", "Cluster", "Storage", "Export"}
+    names = {f"{name}Error" for name in (*tested, "Inference")}
+    assert {cls.__name__ for cls in errors.RetinarayError.__subclasses__()} == names
+
+
+def test_main_shows_the_traceback_of_an_expected_error_when_verbose(
+    runner: FakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runner.error = errors.ClusterError("no node left")
+    assert cli.main([*TRAIN, "-v"]) == 1
+    text = capsys.readouterr().err
+    assert "Traceback" in text
+    assert text.endswith("error: no node left\n")
+
+
+def test_main_does_not_swallow_a_defect(runner: FakeRunner) -> None:
+    runner.error = ZeroDivisionError("a defect")
+    with pytest.raises(ZeroDivisionError, match="a defect"):
+        cli.main(TRAIN)
+
+
+def test_main_exits_with_130_when_interrupted(
+    runner: FakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runner.error = KeyboardInterrupt()
+    assert cli.main(TRAIN) == 130
+    assert capsys.readouterr().err.endswith("stopped by Ctrl-C\n")
+
+
+def test_main_lists_all_wrong_settings_and_starts_nothing(
+    runner: FakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["train", "m.pth", "--resize", "12", "--bach", "3"]) == 2
+    assert runner.jobs == []
+    assert capsys.readouterr().err.splitlines() == [
+        "error: 3 settings are wrong:",
+        "  --bach 3: no such option; nearest: --batch (run.batch)",
+        "  data.annotations (--annotations): required, but not given: COCO JSON of the training "
+        "set.",
+        "  data.resize=12 (--resize): expected a whole number from 32 to 8192",
+        "see: retinaray train --help",
+    ]
+
+
+@pytest.mark.parametrize("verb", list(cli.VERBS))
+def test_main_prints_help_with_exit_codes_for_each_verb(
+    runner: FakeRunner, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    assert cli.main([verb, "--help"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"usage: retinaray {verb} ")
+    assert cli.EXIT_CODES in printed.out
+    assert printed.err == ""
+    assert runner.jobs == []
+
+
+def test_main_prints_the_settings_without_running(
+    runner: FakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*TRAIN, "--print-config", "--lr", "0.5"]) == 0
+    assert "  peak_lr: 0.5\n" in capsys.readouterr().out
+    assert runner.jobs == []
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["-h"], ["help"]])
+def test_main_lists_every_verb_in_one_line(
+    capsys: pytest.CaptureFixture[str], argv: list[str]
+) -> None:
+    assert cli.main(argv) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"retinaray {__version__}: ")
+    lines = re.findall(r"^  ([a-z]+) +(\S.*)$", text, flags=re.MULTILINE)
+    assert lines == [(name, verb.help) for name, verb in cli.VERBS.items()]
+    assert len(lines) == 6
+
+
+def test_main_prints_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"retinaray {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "no command came; expected one of train, evaluate"),
+        (["trian"], "trian: no such command; expected one of .*; nearest: train$"),
+        (["zzz"], "zzz: no such command; expected one of .*demo$"),
+        (["--master", "host:29500", "train"], "--master: not needed, Ray connects the workers"),
+    ],
+)
+def test_main_refuses_what_is_no_verb(
+    capsys: pytest.CaptureFixture[str], argv: list[str], words: str
+) -> None:
+    assert cli.main(argv) == 2
+    first, last = capsys.readouterr().err.splitlines()
+    assert re.search(words, first)
+    assert last == "see: retinaray --help"
+
+
+def test_main_reads_the_arguments_of_the_process_when_given_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["retinaray", "--version"])
+    assert cli.main() == 0
+    assert __version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", list(cli.VERBS))
+def test_verbs_name_the_job_class_of_the_verb(verb: str) -> None:
+    assert cli._import(cli.VERBS[verb].job).verb == verb
+
+
+@pytest.mark.parametrize("verb", list(cli.VERBS))
+def test_verbs_name_a_runner_that_exists(verb: str) -> None:
+    # Read, not imported: the runners bring torch and ray.
+    module, _, name = cli.VERBS[verb].runner.partition(":")
+    source = (REPOSITORY / "platform" / module.replace(".", "/")).with_suffix(".py")
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    assert name in [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+
+
+@pytest.fixture
+def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the interpreter in the repository, with the package importable and nothing installed."""
+
+    def run(*argv: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "platform")}
+        return subprocess.run(
+            [sys.executable, *argv],
+            cwd=REPOSITORY,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
+def test_both_doors_read_the_same_job(
+    run_python: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    argv = ["m.pth", "--annotations", "a", "--size", "480", "640", "run.seed=3", "--print-config"]
+    package = run_python("-m", "retinaray", "train", *argv)
+    script = run_python("jobs/train.py", *argv)
+    assert (package.returncode, package.stderr) == (0, "")
+    assert (script.returncode, script.stderr) == (0, "")
+    assert package.stdout == script.stdout
+    assert "  seed: 3\n" in script.stdout
+
+
+def test_main_is_quiet_when_the_reader_of_stdout_has_gone() -> None:
+    # A pipe whose reading end is closed before anything is written.
+    reading_end, writing_end = os.pipe()
+    os.close(reading_end)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "platform")}
+    with os.fdopen(writing_end, "wb") as stdout:
+        done = subprocess.run(
+            [sys.executable, "-m", "retinaray", "--help"],
+            env=environment,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (0, b"")
