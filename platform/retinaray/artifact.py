@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 from retinaray.data.coco import CategoryTable
 from retinaray.detector.anchors import AnchorSpec
 from retinaray.detector.retinanet import RetinaNet
-from retinaray.errors import CheckpointError
+from retinaray.errors import CheckpointError, DatasetError
 
 WEIGHTS_FORMAT = "retinaray-weights-1"
 METADATA_PREFIX = "retinaray."
@@ -111,7 +112,8 @@ class ModelCard:
         if missing:
             raise CheckpointError(
                 f"{source}: expected a file written by retinaray, but its metadata lack "
-                f"{', '.join(METADATA_PREFIX + key for key in missing)}; export it again with `retinaray export`"
+                f"{', '.join(METADATA_PREFIX + key for key in missing)}; export it again with "
+                "`retinaray export`"
             )
         try:
             values = {key: json.loads(metadata[METADATA_PREFIX + key]) for key in _CARD_KEYS}
@@ -127,9 +129,9 @@ class ModelCard:
                 training=values["training"],
                 preprocessing=str(values["preprocessing"]),
             )
-        except (ValueError, TypeError, KeyError, IndexError) as error:
+        except _DAMAGE as error:
             raise CheckpointError(
-                f"{source}: its retinaray metadata are damaged: {error}"
+                f"{source}: its retinaray metadata are damaged: {type(error).__name__}: {error}"
             ) from error
         if len(card.score_thresholds) != len(card.categories):
             raise CheckpointError(
@@ -151,6 +153,8 @@ _CARD_KEYS = (
     "training",
     "preprocessing",
 )
+# What values of a wrong type or range raise where they are used.
+_DAMAGE = (ValueError, TypeError, KeyError, IndexError, AttributeError, DatasetError)
 
 
 def dump_weights(card: ModelCard, state: Mapping[str, Tensor]) -> bytes:
@@ -190,13 +194,16 @@ def read_weights(content: bytes, *, source: str) -> tuple[ModelCard, RetinaNet]:
     if values.get("format") != WEIGHTS_FORMAT:
         raise CheckpointError(
             f"{source}: expected a retinaray weights file (format {WEIGHTS_FORMAT!r}), "
-            f"found format {values.get('format')!r}; give the model.pth that `retinaray train` wrote"
+            f"found format {values.get('format')!r}; give the model.pth that `retinaray train` "
+            "wrote"
         )
+    if not isinstance(values.get("card"), dict) or not isinstance(values.get("state"), dict):
+        raise CheckpointError(f"{source}: is damaged: it lacks its card or its tensors")
     card = ModelCard.from_metadata(values["card"], source=source)
-    model = card.build_model()
     try:
+        model = card.build_model()
         model.load_state_dict(values["state"])
-    except RuntimeError as error:
+    except (RuntimeError, *_DAMAGE) as error:
         raise CheckpointError(f"{source}: its tensors do not fit its own card: {error}") from error
     return card, model.eval()
 
@@ -208,6 +215,7 @@ def load_tensors(content: bytes, *, source: str) -> dict[str, Any]:
         CheckpointError: If it is truncated, not a torch file, or would need code to load.
     """
     try:
+        _check_sums(content)
         values = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     # torch.load reports damage through whatever its zip and pickle layers happen to raise.
     except Exception as error:
@@ -221,21 +229,32 @@ def load_tensors(content: bytes, *, source: str) -> dict[str, Any]:
     return values
 
 
+def _check_sums(content: bytes) -> None:
+    """Hold a zip's members to their checksums: torch writes them, and does not read them."""
+    stream = io.BytesIO(content)
+    if zipfile.is_zipfile(stream):
+        with zipfile.ZipFile(stream) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"{damaged} is damaged")
+
+
 def hash_content(content: bytes) -> str:
     """SHA-256 in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
 
 
 def model_kind(uri: str) -> str:
-    """What a model file is by its name: `weights`, `onnx` or `plan`.
+    """What a model file is by its name: `weights` or `onnx`.
 
     Raises:
-        CheckpointError: If the ending is none of .pth, .onnx, .plan, .engine.
+        CheckpointError: If the ending is neither .pth nor .onnx.
     """
     suffix = Path(uri).suffix.lower()
-    kinds = {".pth": "weights", ".onnx": "onnx", ".plan": "plan", ".engine": "plan"}
+    kinds = {".pth": "weights", ".onnx": "onnx"}
     if suffix not in kinds:
         raise CheckpointError(
-            f"{uri}: expected a model file that ends in {', '.join(kinds)}, found {suffix or 'no ending'}"
+            f"{uri}: expected a model file that ends in {', '.join(kinds)}, found "
+            f"{suffix or 'no ending'}"
         )
     return kinds[suffix]

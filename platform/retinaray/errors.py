@@ -1,7 +1,7 @@
 """What retinaray raises for a user to read: one tree, each class safe to send between processes.
 
-A message says what was expected, what came, where, and what to do. Callers' programming mistakes are
-`ValueError`/`TypeError`, not these.
+A message says what was expected, what came, where, and what to do. Callers' programming mistakes
+are `ValueError`/`TypeError`, not these.
 """
 
 

@@ -2,45 +2,37 @@
 
     PYTHONPATH=platform python tests/benchmarks/decode.py [--quick]
 
-One JSON line per figure. Repeats of all competitors are interleaved, in random order, so that a
-busy machine slows them alike; the first repeat is dropped. Each library works single-threaded; "2t"
-means two Python threads that share the files.
+The competitors take turns. Each library works single-threaded; "2t" means two Python threads that
+share the files. Beside the wall clock, processor time is compared with Pillow's: busy neighbours
+disturb it little.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import io
 import json
-import random
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from run import Record, make_records, round_to_figures, skip, summarise, time_rounds
 
 from retinaray.data.image_decoding import decode_image, read_image_size
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 FIT_PX = 512
 LARGE_FILE_BYTES = 2_000_000  # in aerial_cars: the drone photos of 4000x2250
-DISTRIBUTIONS = {
-    "pillow": "pillow",
-    "torchvision": "torchvision",
-    "opencv": "opencv-python-headless",
-    "simplejpeg": "simplejpeg",
-    "retinaray": "retinaray",
-}
 MODULES = {"torchvision": "torchvision", "opencv": "cv2", "simplejpeg": "simplejpeg"}
 
-Record = dict[str, object]
 Decode = Callable[[bytes], np.ndarray]
 Resize = Callable[[np.ndarray], np.ndarray]
 
@@ -48,26 +40,22 @@ Resize = Callable[[np.ndarray], np.ndarray]
 def run(quick: bool = False) -> list[Record]:
     """Measure all cases; a data set or library that is absent gives a record with the reason."""
     absent = [name for name, module in MODULES.items() if importlib.util.find_spec(module) is None]
-    records: list[Record] = [skip(f"decode/{name}", f"{name} is not installed") for name in absent]
+    records = [skip(f"decode/{name}", f"{name} is not installed") for name in absent]
     if not DATA.is_dir():
         return [*records, skip("decode", f"needs the real data sets in {DATA}, which is absent")]
-    repeats = 2 if quick else 9
     with single_threaded_libraries():
         for name, files in load_files(quick).items():
+            config = {"data": name, "num_images": len(files), "rounds": 2 if quick else 9}
             for task, decoders in (
                 ("full", full_decoders(absent)),
                 ("fit512", fit_decoders(absent)),
             ):
-                check_decoders(task, decoders, files[0])
+                checked = check_decoders(task, decoders, files[0])
                 for num_threads in (1, 2):
                     case = f"decode/{task}/{name}/{num_threads}t"
-                    records += measure(case, decoders, files, num_threads, repeats)
-            pixels = [decode_pillow(data) for data in files]
-            resizers = make_resizers(absent)
-            for record in measure(f"resize/fit512/{name}", resizers, pixels, 1, repeats):
-                method = str(record["case"]).rsplit("/", 1)[1]
-                records.append(record | resize_error(resizers[method], resizers["pillow"], pixels))
-            records += scaling_error(name, files)
+                    records += measure(case, decoders, files, num_threads, checked, config)
+            records += measure_resizing(name, files, make_resizers(absent), config)
+            records += scaling_error(name, files, config)
     return records
 
 
@@ -230,71 +218,83 @@ def make_resizers(absent: list[str]) -> dict[str, Resize]:
 
 def measure(
     case: str,
-    competitors: dict[str, Callable[..., np.ndarray]],
-    inputs: list[bytes] | list[np.ndarray],
+    competitors: dict[str, Decode] | dict[str, Resize],
+    inputs: list[Any],
     num_threads: int,
-    repeats: int,
+    checked: str,
+    config: dict[str, Any],
 ) -> list[Record]:
-    """Time every competitor over all inputs; milliseconds per image, wall clock."""
-    times_ms: dict[str, list[float]] = {name: [] for name in competitors}
-    order = random.Random(0)
+    """Time every competitor over all inputs; milliseconds per image."""
     with ThreadPoolExecutor(num_threads) as pool:
-        for _ in range(repeats + 1):
-            for name in order.sample(sorted(competitors), len(competitors)):
-                start = time.perf_counter()
-                if num_threads == 1:
-                    for item in inputs:
-                        competitors[name](item)
-                else:
-                    list(pool.map(competitors[name], inputs))
-                times_ms[name].append(1000 * (time.perf_counter() - start) / len(inputs))
-    baseline = np.array(times_ms["pillow"][1:])
-    records: list[Record] = []
-    for name, values in times_ms.items():
-        kept = np.array(values[1:])
-        p10, median, p90 = (float(np.round(np.percentile(kept, q), 3)) for q in (10, 50, 90))
-        records.append(
+        rounds = time_rounds(
             {
-                "case": f"{case}/{name}",
-                "value": median,
-                "unit": "ms/image",
-                "n": len(inputs),
-                "repeats": repeats,
-                "median": median,
-                "p10": p10,
-                "p90": p90,
-                "times_as_fast_as_pillow": round(float(np.median(baseline / kept)), 2),
-            }
+                name: lambda compete=compete: len(list(pool.map(compete, inputs)))
+                for name, compete in competitors.items()
+            },
+            num_rounds=config["rounds"],
         )
+    assert set(rounds.outputs.values()) == {len(inputs)}
+    records = make_records(
+        case,
+        rounds,
+        unit="ms/image",
+        convert=lambda seconds: 1000 * seconds / len(inputs),
+        baselines={name: ["pillow"] for name in competitors},
+        checked=checked,
+        config=config | {"num_threads": num_threads},
+    )
+    for record, cpu_s in zip(records, rounds.cpu_s.values(), strict=True):
+        ratios = [pillow / own for pillow, own in zip(rounds.cpu_s["pillow"], cpu_s, strict=True)]
+        record["cpu_ms_per_image"] = round_to_figures(1000 * median(cpu_s) / len(inputs))
+        record["pillow_cpu_over_own"] = round_to_figures(median(ratios), 3)
     return records
 
 
-def check_decoders(task: str, decoders: dict[str, Decode], data: bytes) -> None:
-    """All full decoders give the same pixels, all fitted ones the same size and nearly the same."""
+def check_decoders(task: str, decoders: dict[str, Decode], data: bytes) -> str:
+    """Compare all outputs with Pillow's and say what was found."""
     expected = decoders["pillow"](data).astype(int)
+    limit = 0 if task == "full" else 5
     for name, decode in decoders.items():
         pixels = decode(data)
         assert pixels.shape == expected.shape, (task, name, pixels.shape, expected.shape)
-        limit = 0 if task == "full" else 5
         assert np.abs(pixels - expected).mean() <= limit, (task, name)
+    return f"equal sizes, mean difference from Pillow at most {limit} gray levels"
 
 
-def resize_error(resize: Resize, resize_pillow: Resize, arrays: list[np.ndarray]) -> Record:
+def measure_resizing(
+    name: str, files: list[bytes], resizers: dict[str, Resize], config: dict[str, Any]
+) -> list[Record]:
+    """Time the resizers, and say how far their pixels are from exact ones and from Pillow's."""
+    arrays = [decode_pillow(data) for data in files]
+    errors = {
+        method: resize_error(resize, resizers["pillow"], arrays[:4])
+        for method, resize in resizers.items()
+    }
+    assert errors["torch-uint8"]["max_abs_error"] <= 2, errors
+    checked = "torch-uint8 is within 2 gray levels of exact antialiased bilinear"
+    records = measure(f"resize/fit512/{name}", resizers, arrays, 1, checked, config)
+    return [record | errors[record["case"].rsplit("/", 1)[1]] for record in records]
+
+
+def resize_error(resize: Resize, pillow: Resize, arrays: list[np.ndarray]) -> dict[str, float]:
     """Distances in gray levels: from antialiased bilinear in float64, not rounded; from Pillow."""
-    exact, pillow = [], []
-    for pixels in arrays[:4]:
-        resized = resize(pixels).astype(np.float64)
-        exact.append(np.abs(resized - resize_torch(pixels, torch.float64)))
-        pillow.append(np.abs(resized - resize_pillow(pixels)))
+    outputs = [resize(pixels).astype(np.float64) for pixels in arrays]
+    exact = [
+        np.abs(output - resize_torch(pixels, torch.float64))
+        for output, pixels in zip(outputs, arrays, strict=True)
+    ]
+    other = [
+        np.abs(output - pillow(pixels)) for output, pixels in zip(outputs, arrays, strict=True)
+    ]
     return {
         "mean_abs_error": round(float(np.mean([difference.mean() for difference in exact])), 3),
         "max_abs_error": round(float(max(difference.max() for difference in exact)), 2),
-        "share_equal_to_pillow": round(float(np.mean([(diff == 0).mean() for diff in pillow])), 4),
-        "max_abs_difference_from_pillow": int(max(difference.max() for difference in pillow)),
+        "share_equal_to_pillow": round(float(np.mean([(diff == 0).mean() for diff in other])), 4),
+        "max_abs_difference_from_pillow": float(max(difference.max() for difference in other)),
     }
 
 
-def scaling_error(name: str, files: list[bytes]) -> list[Record]:
+def scaling_error(name: str, files: list[bytes], config: dict[str, Any]) -> list[Record]:
     """What scaled decoding changes in the 512-px image, for the files large enough to be scaled."""
     errors, largest = [], 0
     for data in files:
@@ -306,33 +306,17 @@ def scaling_error(name: str, files: list[bytes]) -> list[Record]:
             largest = max(largest, int(difference.max()))
     if not errors:
         return []
-    p10, median, p90 = (round(float(np.percentile(errors, q)), 3) for q in (10, 50, 90))
+    assert max(errors) < 1, errors
     return [
         {
             "case": f"decode/scaling_error/{name}/retinaray",
-            "value": round(float(np.mean(errors)), 3),
             "unit": "gray levels, mean absolute",
-            "n": len(errors),
-            "median": median,
-            "p10": p10,
-            "p90": p90,
+            **summarise(errors),
             "max_abs_error": largest,
+            "checked": "below 1 gray level in every image",
+            "config": config,
         }
     ]
-
-
-def skip(case: str, reason: str) -> Record:
-    return {"case": case, "value": None, "unit": "skipped", "n": 0, "reason": reason}
-
-
-def library_versions() -> dict[str, str]:
-    versions = {"torch": torch.__version__}
-    for name, distribution in DISTRIBUTIONS.items():
-        try:
-            versions[name] = importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "absent"
-    return versions
 
 
 @contextmanager
@@ -355,10 +339,10 @@ def single_threaded_libraries() -> Iterator[None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one image per set, two repeats")
     for record in run(parser.parse_args().quick):
-        print(json.dumps(record | {"libraries": library_versions()}))
+        print(json.dumps(record))
 
 
 if __name__ == "__main__":

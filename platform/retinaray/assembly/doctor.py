@@ -55,5 +55,7 @@ def run_doctor(job: DoctorJob) -> DoctorOutcome:
     report = examine_dataset(Path(job.annotations), images, num_threads=job.threads)
     if job.fix is None:
         return DoctorOutcome(report)
-    remaining = repair_dataset(Path(job.annotations), images, Path(job.fix))
+    remaining = repair_dataset(
+        Path(job.annotations), images, Path(job.fix), num_threads=job.threads
+    )
     return DoctorOutcome(report, fixed=job.fix, remaining=remaining)

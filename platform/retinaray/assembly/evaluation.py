@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ from retinaray.evaluation.coco_map import CocoScores, evaluate_detections
 from retinaray.inference.manifest import list_sources
 from retinaray.inference.pipeline import ImageResult, detect_images
 from retinaray.inference.predictor import load_predictor
+from retinaray.machine import count_cores
 from retinaray.reporting.score_table import render_scores
 from retinaray.storage import Storage
 
@@ -85,9 +85,7 @@ def run_evaluation(job: EvaluateJob) -> EvaluateOutcome:
         make_reader(job.reading)(job.model),
         uri=job.model,
         backend=job.backend,
-        settings=make_predictor_settings(
-            job.detection, batch=job.batch, threads=os.cpu_count() or 1
-        ),
+        settings=make_predictor_settings(job.detection, batch=job.batch, threads=count_cores()),
     )
     logger.info("backend %s: %s", predictor.backend, reason)
     start = time.monotonic()

@@ -21,7 +21,7 @@ _PACKAGES = (
 
 
 def collect_versions() -> dict[str, str]:
-    """Version of each package that shapes results, and the git commit of retinaray where it has one."""
+    """Versions of the packages that shape results, and retinaray's git commit if it has one."""
     versions = {}
     for name in _PACKAGES:
         try:

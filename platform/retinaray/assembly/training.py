@@ -243,7 +243,7 @@ def make_loader(
         num_processes: Processes that decode; 0 = in this one.
         pin_memory: Whether batches go to a GPU.
     """
-    dataset = TrainingDataset(
+    dataset: Any = TrainingDataset(
         dataset=inputs.train,
         images_root=job.data.images,
         read=make_reader(job.reading),

@@ -88,7 +88,7 @@ class EvaluateJob(Job):
     )
 
     model: Annotated[Location, Flag("model", metavar="MODEL|detections.json")]
-    """.pth, .onnx or .plan file, or a detections.json to score as it is."""
+    """.pth or .onnx file, or a detections.json to score as it is."""
     images: Annotated[Location, Flag("--images", metavar="DIR|s3://")] = "."
     """Folder or S3 prefix of the images."""
     annotations: Annotated[Location, Flag("--annotations", metavar="FILE")]
@@ -143,7 +143,7 @@ class InferJob(Job):
     )
 
     model: Annotated[Location, Flag("model", metavar="MODEL")]
-    """.pth, .onnx or .plan file, local or on S3."""
+    """.pth or .onnx file, local or on S3."""
     images: Annotated[Location, Flag("--images", metavar="DIR|s3://|list.txt|coco.json")]
     """Folder, S3 prefix, list of URIs (one per line) or COCO JSON (then file names are relative
     to its folder)."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -145,17 +146,10 @@ class StreamSampler(Sampler[list[StreamIndex]]):
         return epoch, int(_permute(self._num_images, self._seed, epoch)[index])
 
 
-_PERMUTATIONS: dict[tuple[int, int, int], Int[np.ndarray, " images"]] = {}
-
-
+# A batch touches two epochs at most, unless it is larger than the data set.
+@lru_cache(maxsize=2)
 def _permute(num_images: int, seed: int, epoch: int) -> Int[np.ndarray, " images"]:
-    key = (num_images, seed, epoch)
-    if key not in _PERMUTATIONS:
-        # A batch touches two epochs at most.
-        while len(_PERMUTATIONS) > 1:
-            _PERMUTATIONS.pop(next(iter(_PERMUTATIONS)))
-        _PERMUTATIONS[key] = np.random.default_rng([seed, epoch]).permutation(num_images)
-    return _PERMUTATIONS[key]
+    return np.random.default_rng([seed, epoch]).permutation(num_images)
 
 
 class TrainingDataset(Dataset[Sample]):

@@ -15,7 +15,14 @@ from retinaray.data.coco_columns import (
     CocoTables,
     CrowdFormat,
 )
-from retinaray.data.faults import Fault, annotation_label, box_label, field_label, make_fault
+from retinaray.data.faults import (
+    Fault,
+    annotation_label,
+    box_label,
+    field_label,
+    is_systematic,
+    make_fault,
+)
 
 OVERSHOOT_TOLERANCE_PX = 0.01
 """How far a box may pass its image's edge unreported: exporters round to two decimals."""
@@ -70,6 +77,14 @@ def overshooting(columns: AnnotationColumns) -> Mask:
         ends = columns.xywh[:, :2] + columns.xywh[:, 2:]
     past = (columns.xywh[:, :2] < -OVERSHOOT_TOLERANCE_PX).any(axis=1) | (ends > limits).any(axis=1)
     return np.asarray(past & (columns.verdicts == BoxVerdict.GOOD), np.bool_)
+
+
+def boxes_are_systematically_outside(columns: AnnotationColumns) -> bool:
+    """Whether most boxes pass their image's edge: then they belong to images of another size."""
+    outside = columns.verdicts == BoxVerdict.OUTSIDE
+    num_judged = np.count_nonzero(outside | (columns.verdicts == BoxVerdict.GOOD))
+    num_past = np.count_nonzero(outside | overshooting(columns))
+    return is_systematic(int(num_past), int(num_judged))
 
 
 def later_duplicates(columns: AnnotationColumns) -> Mask:
@@ -135,6 +150,7 @@ def degenerate_box_faults(
     tables: CocoTables, columns: AnnotationColumns, *, max_examples: int
 ) -> list[Fault]:
     """Boxes of four numbers that enclose nothing of their image."""
+    systematic = boxes_are_systematically_outside(columns)
     numeric = np.isin(columns.formats, (BoxFormat.NUMBERS, BoxFormat.NUMERIC_STRINGS))
     return [
         fault
@@ -144,6 +160,7 @@ def degenerate_box_faults(
             np.flatnonzero(numeric & (columns.verdicts == verdict)),
             partial(box_label, tables, columns),
             max_examples=max_examples,
+            fixable=verdict != BoxVerdict.OUTSIDE or not systematic,
         )
     ]
 
@@ -165,7 +182,12 @@ def box_faults(tables: CocoTables, columns: AnnotationColumns, *, max_examples: 
     return [
         *faults,
         *degenerate_box_faults(tables, columns, max_examples=max_examples),
-        *fault("partly_outside_box", np.flatnonzero(overshooting(columns)), past_edge),
+        *fault(
+            "partly_outside_box",
+            np.flatnonzero(overshooting(columns)),
+            past_edge,
+            fixable=not boxes_are_systematically_outside(columns),
+        ),
         *fault("tiny_box", np.flatnonzero(good & (sides < 1).any(axis=1)), thin),
         *fault("duplicate_boxes", np.flatnonzero(later_duplicates(columns)), twice),
         *fault("missing_area", np.flatnonzero(missing_areas(columns)), area),

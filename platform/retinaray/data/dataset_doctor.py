@@ -164,13 +164,19 @@ def examine_tables(
         *oddity_faults(tables, columns, max_examples=max_examples),
     ]
     if not (has_images and _sizes_are_at_hand(tables, headers)):
-        faults = [replace(f, fixable=False) if f.code == "missing_size" else f for f in faults]
+        faults = [_without_size_repair(fault) for fault in faults]
     return DoctorReport(
         num_images=len(tables.images),
         num_annotations=len(tables.annotations),
         num_categories=len(tables.categories),
         faults=tuple(sorted(faults, key=lambda fault: fault.severity != "error")),
     )
+
+
+def _without_size_repair(fault: Fault) -> Fault:
+    if fault.code != "missing_size":
+        return fault
+    return replace(fault, fixable=False, advice="--fix needs the image files to read it from")
 
 
 def _sizes_are_at_hand(tables: CocoTables, headers: Sequence[FileHeader] | None) -> bool:

@@ -14,10 +14,12 @@ from itertools import count
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from retinaray.data.box_faults import (
     DEGENERATE_BOX_CODES,
     areas_of_boxes,
+    boxes_are_systematically_outside,
     contradicting_areas,
     later_duplicates,
     misread_boxes,
@@ -27,6 +29,7 @@ from retinaray.data.box_faults import (
 from retinaray.data.coco_columns import (
     AnnotationColumns,
     BoxFormat,
+    BoxVerdict,
     CocoTables,
     CrowdFormat,
     Entry,
@@ -47,7 +50,13 @@ from retinaray.data.image_files import (
     judge_sizes,
     read_headers,
 )
-from retinaray.data.table_faults import integer_ids, nameless, repeated, split_duplicates
+from retinaray.data.table_faults import (
+    integer_ids,
+    nameless,
+    references_are_systematically_unknown,
+    repeated,
+    split_duplicates,
+)
 from retinaray.errors import DatasetError
 
 _MAX_PASSES = 10
@@ -102,16 +111,17 @@ def repair_dataset(
         num_threads: How many image headers are read at once.
 
     Returns:
-        What is still wrong with the copy, none of it fixable here, and what was repaired.
+        What is still wrong with the copy, none of it fixable here, and what was repaired: entries
+        changed by fault code, and `annotation_of_dropped_image`.
 
     Raises:
         DatasetError: If the input cannot be read as COCO, the folder does not exist, or the output
             is the input or cannot be written.
     """
     source, target = Path(annotations_path), Path(output_path)
+    tables = read_coco_tables(source)
     if target.resolve() == source.resolve() or (target.exists() and target.samefile(source)):
         raise DatasetError(f"{target} is the file under repair; name another output file")
-    tables = read_coco_tables(source)
     headers = None
     if images_root is not None:
         headers = read_headers(tables.images, str(images_root), num_threads=num_threads)
@@ -171,6 +181,7 @@ def _drop_images_without_file(repair: _Repair) -> None:
         return
     states = [header.state for header in repair.headers]
     codes = {"missing_file": FileState.MISSING, "unreadable_file": FileState.UNREADABLE}
+    before = _image_positions(repair)
     repair.drop(
         "images",
         {
@@ -178,6 +189,13 @@ def _drop_images_without_file(repair: _Repair) -> None:
             for code, gone in codes.items()
         },
     )
+    orphans = np.flatnonzero((before >= 0) & (_image_positions(repair) < 0))
+    repair.drop("annotations", {"annotation_of_dropped_image": orphans})
+
+
+def _image_positions(repair: _Repair) -> NDArray[np.int64]:
+    references = column(repair.tables.annotations, "image_id")
+    return positions_of(references, column(repair.tables.images, "id"))
 
 
 def _correct_sizes(repair: _Repair) -> None:
@@ -199,10 +217,13 @@ def _mend_box_notation(repair: _Repair) -> None:
     for index in strings:
         repair.tables.annotations[index]["bbox"] = columns.xywh[index].tolist()
     repair.done["string_bbox"] += len(strings)
+    unknown = columns.image_positions < 0
+    if references_are_systematically_unknown(columns.image_positions):
+        unknown[:] = False
     repair.drop(
         "annotations",
         {
-            "unknown_image": np.flatnonzero(columns.image_positions < 0),
+            "unknown_image": np.flatnonzero(unknown),
             "missing_bbox": np.flatnonzero(columns.formats == BoxFormat.ABSENT),
             "unusable_bbox": np.flatnonzero(columns.formats == BoxFormat.UNUSABLE),
         },
@@ -213,7 +234,8 @@ def _mend_geometry(repair: _Repair) -> None:
     columns = repair.columns()
     if misread_boxes(columns) is not None:
         return
-    cut = np.flatnonzero(overshooting(columns))
+    kept_verdicts = {BoxVerdict.OUTSIDE} if boxes_are_systematically_outside(columns) else set()
+    cut = np.flatnonzero(overshooting(columns) & (not kept_verdicts))
     box_areas = areas_of_boxes(columns)
     for index in cut:
         entry = repair.tables.annotations[index]
@@ -227,6 +249,7 @@ def _mend_geometry(repair: _Repair) -> None:
         {
             code: np.flatnonzero(columns.verdicts == verdict)
             for verdict, code in DEGENERATE_BOX_CODES.items()
+            if verdict not in kept_verdicts
         },
     )
 

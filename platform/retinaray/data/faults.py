@@ -3,7 +3,8 @@
 `table_faults` and `box_faults` find those that the JSON alone shows, `image_files` those that need
 the images. Here is also how an entry is named to the user. Severity says what retinaray would do:
 
-- error: it refuses the file, loses a label, or would train or score on something wrong.
+- error: it refuses the file, loses a label, or would train or score on something wrong. Any error
+  makes a data set unclean (`retinaray doctor` exits with 1).
 - warning: it works as written; other tools may not, or the user should know.
 """
 
@@ -19,6 +20,8 @@ from retinaray.data.coco_columns import AnnotationColumns, BoxVerdict, CocoTable
 
 Severity = Literal["error", "warning"]
 _SHOWN_CHARACTERS = 60
+_SYSTEMATIC_COUNT = 10
+_TOO_MANY = "too many for --fix: is it the right file, folder and notation?"
 
 
 @dataclass(frozen=True)
@@ -140,16 +143,23 @@ def make_fault(
         where: Indices of the faulty entries, in file order.
         describe: Index to the line that shows it.
         max_examples: How many are shown.
-        fixable: False takes the catalogue's fixability away.
+        fixable: False takes the catalogue's fixability away, because there are too many.
     """
     indices = [int(index) for index in where]
     if not indices:
         return []
     kind = FAULT_KINDS[code]
+    advice = kind.advice if fixable or not kind.fixable else _TOO_MANY
     examples = tuple(describe(index) for index in indices[:max_examples])
-    return [
-        Fault(code, len(indices), examples, kind.fixable and fixable, kind.advice, kind.severity)
-    ]
+    return [Fault(code, len(indices), examples, kind.fixable and fixable, advice, kind.severity)]
+
+
+def is_systematic(num_faulty: int, num_entries: int) -> bool:
+    """Whether a fault is no slip but a convention: ten or more entries, and more than half.
+
+    To drop or cut them all would destroy the data set, where another reading may save it.
+    """
+    return num_faulty >= _SYSTEMATIC_COUNT and 2 * num_faulty > num_entries
 
 
 def show(value: object) -> str:
@@ -158,11 +168,16 @@ def show(value: object) -> str:
     return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
 
 
+def _shown_name(name: object) -> str:
+    """A name without quotes; control characters stay escaped, for it goes to a terminal."""
+    return show(name).strip('"')
+
+
 def image_label(tables: CocoTables, index: int) -> str:
     """`image 1729 (a.jpg)`; by place in the file where it has no id."""
     entry = tables.images[index]
     name = f"image {show(entry['id'])}" if entry.get("id") is not None else f"images[{index}]"
-    return f"{name} ({entry['file_name']})" if entry.get("file_name") else name
+    return f"{name} ({_shown_name(entry['file_name'])})" if entry.get("file_name") else name
 
 
 def category_label(tables: CocoTables, index: int) -> str:
@@ -170,7 +185,7 @@ def category_label(tables: CocoTables, index: int) -> str:
     entry = tables.categories[index]
     known = entry.get("id") is not None
     name = f"category {show(entry['id'])}" if known else f"categories[{index}]"
-    return f"{name} ({entry['name']})" if entry.get("name") else name
+    return f"{name} ({_shown_name(entry['name'])})" if entry.get("name") else name
 
 
 def annotation_label(tables: CocoTables, index: int) -> str:
@@ -198,7 +213,7 @@ def box_label(
     box = columns.xywh[index].tolist()
     verdict = int(columns.verdicts[index])
     problem = good_problem if verdict == BoxVerdict.GOOD else _box_problem(box, verdict)
-    if verdict == BoxVerdict.OUTSIDE or "edge" in problem:
+    if np.isfinite(columns.heights[index]) and (verdict == BoxVerdict.OUTSIDE or "edge" in problem):
         problem += f" (height {columns.heights[index]:g}, width {columns.widths[index]:g})"
     numbers = ", ".join(f"{number:.10g}" for number in box)
     return f"{annotation_label(tables, index)}: box ({numbers}) {problem}"

@@ -3,8 +3,8 @@
 Knows nothing of file names, storage, resizing or boxes. It sets no Pillow global, lets no Pillow
 warning out and may run in many threads at once; the codecs work without the GIL.
 
-JPEGs at full size go through simplejpeg; scaled, CMYK and damaged ones and all other formats
-through Pillow. Both give the same pixels, simplejpeg sooner (tests/benchmarks/decode.py).
+JPEGs go through simplejpeg; CMYK and damaged ones, and all other formats, through Pillow. Both give
+the same pixels of a JPEG, simplejpeg sooner (tests/benchmarks/decode.py).
 
 What becomes of unusual files:
 - EXIF orientation is applied; an unreadable EXIF block counts as upright. Orientation written only
@@ -140,20 +140,21 @@ def decode_image(
     full_height, full_width = header.upright_size()
     divisor = _dct_divisor(full_height, full_width, fit_height, fit_width)
     with _library_errors(f"decode {header.file_format} of {full_width}x{full_height} pixels"):
-        pixels = _decode_plain_jpeg(data, header) if divisor == 1 else None
+        pixels = _decode_plain_jpeg(data, header, divisor)
         if pixels is None:
             pixels = _decode_with_pillow(header, divisor)
     return DecodedImage(pixels, full_height, full_width)
 
 
-def _decode_plain_jpeg(data: bytes, header: _Header) -> RgbPixels | None:
-    """Decode an undamaged gray or colour JPEG at full size; None for any other file."""
+def _decode_plain_jpeg(data: bytes, header: _Header, divisor: int) -> RgbPixels | None:
+    """Decode an undamaged gray or colour JPEG; None for any other file."""
     if header.file_format != "JPEG" or header.open_image().mode == "CMYK":
         return None
     try:
         if simplejpeg.decode_jpeg_header(data)[:2] != (header.height, header.width):
             return None
-        pixels: RgbPixels = simplejpeg.decode_jpeg(data, "RGB")
+        height, width = -(-header.height // divisor), -(-header.width // divisor)
+        pixels: RgbPixels = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
     except ValueError:  # stricter than Pillow, which decides and words the reason
         return None
     if header.orientation == 1:
@@ -162,16 +163,15 @@ def _decode_plain_jpeg(data: bytes, header: _Header) -> RgbPixels | None:
 
 
 def _decode_with_pillow(header: _Header, divisor: int) -> RgbPixels:
-    image, size = header.open_image(), (header.width, header.height)
+    image = header.open_image()
+    if image.size != (header.width, header.height):  # else the limit was held against another size
+        raise ImageError(f"two sizes, {header.width}x{header.height} and {image.size}")
     if divisor > 1 and isinstance(image, JpegImageFile):
         image.draft("RGB", (header.width // divisor, header.height // divisor))
-        size = image.size
     is_large = header.height * header.width > (Image.MAX_IMAGE_PIXELS or math.inf)
     # The TIFF plugin alone warns of large images while loading.
     with _silenced_warnings() if is_large and header.file_format == "TIFF" else nullcontext():
         image.load()
-    if image.size != size:
-        raise ImageError(f"the header says {size}, the pixels are {image.size} (width, height)")
     return np.array(_turn_upright(_convert_to_rgb(image), header.orientation))
 
 

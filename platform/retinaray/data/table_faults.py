@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 
 from retinaray.data.coco_columns import (
     AnnotationColumns,
@@ -22,6 +23,7 @@ from retinaray.data.faults import (
     category_label,
     field_label,
     image_label,
+    is_systematic,
     make_fault,
 )
 from retinaray.data.image_paths import file_name_problem
@@ -110,6 +112,11 @@ def _fault_of_sites(code: str, tables: CocoTables, sites: _Sites, max_examples: 
     )
 
 
+def references_are_systematically_unknown(positions: NDArray[np.int64]) -> bool:
+    """Whether most annotations refer to nothing (-1): then the table is the wrong one."""
+    return is_systematic(int(np.count_nonzero(positions < 0)), len(positions))
+
+
 def reference_faults(
     tables: CocoTables, columns: AnnotationColumns, *, max_examples: int
 ) -> list[Fault]:
@@ -132,7 +139,11 @@ def reference_faults(
         sites += [(label, i) for i in _of_kind(entries, *(set(IdKind) - {target, IdKind.INVALID}))]
         sites += [(field, i) for i in np.flatnonzero(misspelt & (positions >= 0)).tolist()]
         faults += make_fault(
-            code, np.flatnonzero(positions < 0), partial(field, tables), max_examples=max_examples
+            code,
+            np.flatnonzero(positions < 0),
+            partial(field, tables),
+            max_examples=max_examples,
+            fixable=not references_are_systematically_unknown(positions),
         )
     return [*_fault_of_sites("mixed_id_types", tables, sites, max_examples), *faults]
 

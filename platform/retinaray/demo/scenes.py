@@ -80,7 +80,8 @@ def make_scene_set(
 ) -> SceneSet:
     """Write `images/*.jpg`, `train.json`, `val.json` and `test.json` below a folder.
 
-    The same arguments give the same bytes; image k of a split does not depend on how many follow.
+    The same arguments give the same bytes (with the same numpy and Pillow); image k of a split does
+    not depend on how many follow.
 
     Args:
         folder: Where to; made if absent, otherwise it must hold no earlier set.
@@ -208,9 +209,9 @@ def paste_digits(
         visible ink, in px. Boxes overlap by an IoU of at most 0.2.
     """
     picture = background.copy()
-    # A drawing may miss its size by 1 px.
-    smallest = MIN_SIZE_PX + 1
-    largest = min(MAX_SIZE_PX, min(picture.shape[:2]) // 2) - 1
+    # A drawing is of whole px and may miss its size by 1 px.
+    smallest = MIN_SIZE_PX + 0.5
+    largest = min(MAX_SIZE_PX, min(picture.shape[:2]) // 2) - 0.5
     num_digits = rng.integers(MIN_DIGITS, MAX_DIGITS + 1)
     sizes = np.exp(rng.uniform(math.log(smallest), math.log(largest), size=num_digits))
     truth: list[tuple[int, Box]] = []
@@ -244,7 +245,7 @@ def draw_digit(sample: Float32[np.ndarray, "8 8"], size_px: float, rng: np.rando
     angle, slant = rng.normal(0, 0.15), rng.normal(0, 0.12)
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     shape = turn @ np.array([[1, slant], [0, 1 + rng.normal(0, 0.06)]])
-    middle = rng.uniform(0.4, 0.52)
+    middle = rng.uniform(0.38, 0.48)
     # The extent of the ink is known only once it is drawn: begin with a small, quick drawing.
     target = min(size_px, 32.0)
     scale = target / 8

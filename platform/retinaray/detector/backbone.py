@@ -45,7 +45,7 @@ class Backbone(nn.Module):
         out_channels: Channels of C2, C3, C4 and C5.
 
     Raises:
-        ValueError: If the name is unknown, or the network has no bottlenecks whose stride could move.
+        ValueError: If the name is unknown, or no bottleneck is there whose stride could move.
     """
 
     def __init__(self, name: str, *, norm: NormKind = "bn", stride_in_1x1: bool = False) -> None:

@@ -14,8 +14,8 @@ MAX_LOG_GROWTH = math.log(1000.0 / 16.0)
 
 
 def encode_boxes(
-    boxes_xyxy: Float[Tensor, "*batch 4"], anchors_xyxy: Float[Tensor, "*batch 4"]
-) -> Float[Tensor, "*batch 4"]:
+    boxes_xyxy: Float[Tensor, "*#batch 4"], anchors_xyxy: Float[Tensor, "*#batch 4"]
+) -> Float[Tensor, "*#batch 4"]:
     """Offsets (dx, dy, dw, dh) that turn anchors into boxes.
 
     Args:
@@ -38,16 +38,16 @@ def encode_boxes(
 
 
 def decode_boxes(
-    deltas: Float[Tensor, "*batch 4"],
-    anchors_xyxy: Float[Tensor, "*batch 4"],
+    deltas: Float[Tensor, "*#batch 4"],
+    anchors_xyxy: Float[Tensor, "*#batch 4"],
     *,
     max_log_growth: float = MAX_LOG_GROWTH,
-) -> Float[Tensor, "*batch 4"]:
+) -> Float[Tensor, "*#batch 4"]:
     """Boxes that lie at the given offsets from their anchors; the inverse of `encode_boxes`.
 
     Args:
         deltas: Offsets (dx, dy, dw, dh), any values.
-        anchors_xyxy: Anchors in pixels.
+        anchors_xyxy: Anchors in pixels; broadcast against the offsets.
         max_log_growth: dw and dh are clamped to this from above.
 
     Returns:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -19,15 +20,16 @@ import pyarrow.parquet as pq
 
 from retinaray.artifact import ModelCard, hash_content, model_kind, read_weights
 from retinaray.assembly.provenance import collect_versions, make_run_id
-from retinaray.assembly.reading import absolute_uri, read_json
+from retinaray.assembly.reading import absolute_uri, make_predictor_settings, read_json
 from retinaray.config.loading import load_from_dict, to_dict
 from retinaray.config.schema import InferJob
-from retinaray.distributed.resources import ClusterSize, connect, plan_inference
+from retinaray.distributed.resources import ClusterSize, WorkerPlan, connect, plan_inference
+from retinaray.distributed.run_settings import compare_settings
 from retinaray.errors import ClusterError, ConfigError
 from retinaray.evaluation.coco_map import CocoScores, evaluate_detections
 from retinaray.inference.manifest import Part, cut_parts, list_sources
 from retinaray.inference.onnx_contract import read_onnx_card
-from retinaray.inference.predictor import choose_backend
+from retinaray.inference.predictor import check_canvas, choose_backend
 from retinaray.inference.run_files import RunFiles, RunTotals
 from retinaray.reporting.inference_progress import InferenceView
 from retinaray.reporting.score_table import render_scores
@@ -46,7 +48,7 @@ MANIFEST_SCHEMA = pa.schema(
 _PARTS_PER_FILE = 500
 _NO_PROGRESS_TIMEOUT_S = 900
 # Settings that do not change the result: a run may be resumed with others.
-_FREE_SETTINGS = ("workers", "overwrite", "output")
+_FREE_SETTINGS = ("workers", "overwrite", "output", "reading.threads")
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ class InferOutcome:
         """A few lines for people."""
         totals = self.totals
         lines = [
-            f"{totals.num_images} images, {totals.num_detections} detections, {totals.num_errors} errors "
+            f"{totals.num_images} images, {totals.num_detections} detections, "
+            f"{totals.num_errors} errors "
             f"in {self.seconds:.0f} s ({self.images_per_s:.1f} img/s, {self.backend})"
         ]
         lines += [f"  error: {error['uri']}: {error['reason']}" for error in self.errors[:5]]
@@ -98,7 +101,7 @@ class InferOutcome:
 
 
 def run_inference(job: InferJob) -> InferOutcome:
-    """Detect in all images of a job; resumes by itself where an interrupted run of the same settings left off.
+    """Detect in all images of a job; an interrupted run of the same settings goes on by itself.
 
     Raises:
         ConfigError: If the output holds a run with other settings or another model.
@@ -113,7 +116,7 @@ def run_inference(job: InferJob) -> InferOutcome:
     files = RunFiles(_run_root(job.output), storage)
     truth = read_json(job.annotations, job.reading) if job.annotations else None
     content = storage.read_bytes(job.model)
-    card = _read_card(content, job.model)
+    card = _read_card(content, job)
     record = _open_run(job, files, truth, hash_content(content), card)
     num_parts = record["num_parts"]
     with connect(min_cpus=2) as cluster:
@@ -121,8 +124,8 @@ def run_inference(job: InferJob) -> InferOutcome:
             model_kind(job.model), job.backend, has_gpu=cluster.num_gpus > 0
         )
         logger.info("backend %s: %s", backend, reason)
-        images_per_s = _process(job, files, cluster, num_parts, backend)
-    totals = _finish(files, record, num_parts)
+        images_per_s, failures = _process(job, files, cluster, num_parts, backend)
+    totals = _finish(files, record, num_parts, failures)
     detections = files.detections
     if job.output.endswith(".json"):
         detections = job.output
@@ -173,15 +176,21 @@ def _run_root(output: str) -> str:
     return f"{output.removesuffix('.json')}_run" if output.endswith(".json") else output
 
 
-def _read_card(content: bytes, uri: str) -> ModelCard:
-    kind = model_kind(uri)
-    if kind == "weights":
-        return read_weights(content, source=uri)[0]
-    if kind == "onnx":
-        return read_onnx_card(content, uri=uri)[0]
-    from retinaray.inference.tensorrt_backend import read_plan_card
+def _read_card(content: bytes, job: InferJob) -> ModelCard:
+    """The model's card; what no cluster could run is refused here, before Ray starts.
 
-    return read_plan_card(content, uri=uri)
+    Raises:
+        CheckpointError: If the file is none of ours.
+        InferenceError: If the backend cannot run it at all, or it has another canvas.
+    """
+    kind = model_kind(job.model)
+    choose_backend(kind, job.backend, has_gpu=True)
+    if kind == "weights":
+        return read_weights(content, source=job.model)[0]
+    card = read_onnx_card(content, uri=job.model)[0]
+    asked = make_predictor_settings(job.detection, batch=job.batch, threads=1).canvas
+    check_canvas(asked, card.canvas, job.model)
+    return card
 
 
 def _open_run(
@@ -191,19 +200,14 @@ def _open_run(
     model_sha256: str,
     card: ModelCard,
 ) -> dict[str, Any]:
-    """The run's record: of the interrupted run that is there, or of a new one whose manifest is cut now.
+    """The record of the interrupted run that is there, or of a new one, cut now.
 
     Raises:
         ConfigError: If the output holds another run and --overwrite is not given.
     """
-    settings = {key: value for key, value in to_dict(job).items() if key not in _FREE_SETTINGS}
     record = None if job.overwrite else files.read_record()
     if record is not None:
-        differences = [
-            f"{key}: {record['job'].get(key)} -> {value}"
-            for key, value in settings.items()
-            if json.dumps(record["job"].get(key)) != json.dumps(value)
-        ]
+        differences = compare_settings(record["job"], to_dict(job), free=_FREE_SETTINGS)
         if record["model_sha256"] != model_sha256:
             differences.append(
                 f"model: {record['model_sha256'][:12]} -> {model_sha256[:12]} (SHA-256)"
@@ -221,7 +225,7 @@ def _open_run(
     )
     record = {
         "run_id": make_run_id(),
-        "job": settings,
+        "job": to_dict(job),
         "model_sha256": model_sha256,
         "training_run_id": card.run_id,
         "categories": card.categories.to_json(),
@@ -257,11 +261,18 @@ def _write_manifest(files: RunFiles, parts: Iterator[Part]) -> tuple[int, int]:
 
 def _process(
     job: InferJob, files: RunFiles, cluster: ClusterSize, num_parts: int, backend: str
-) -> float:
-    """Run all parts that are not committed yet; returns the images per second."""
+) -> tuple[float, list[str]]:
+    """Run all parts that are not committed yet.
+
+    Returns:
+        Images per second, and what workers said about parts that they could not commit.
+
+    Raises:
+        ClusterError: If Ray ended the run.
+    """
     done = files.list_committed()
     if len(done) == num_parts:
-        return 0.0
+        return 0.0, []
     plan = plan_inference(job.workers, num_parts - len(done), cluster)
     logger.info(
         "%d of %d parts to do, %d workers with %d threads",
@@ -270,9 +281,33 @@ def _process(
         plan.num_workers,
         plan.num_threads,
     )
+    from ray.exceptions import RayError
+
+    receipts = _lay_out(job, files, plan, done, backend)
+    view = InferenceView(num_parts=num_parts, num_done=len(done))
+    failures: list[str] = []
+    with view:
+        try:
+            batch: Any
+            for batch in receipts.iter_batches(batch_size=None, batch_format="pyarrow"):
+                for row in batch.to_pylist():
+                    if row["failure"]:
+                        failures.append(row["failure"])
+                        continue
+                    view.add(row["num_images"] + row["num_errors"], row["num_errors"])
+        except RayError as error:
+            raise ClusterError(
+                f"batch inference stopped: {_first_line(error)}; the finished parts are kept, "
+                "run the same command again to go on"
+            ) from error
+    return view.images_per_s, failures
+
+
+def _lay_out(job: InferJob, files: RunFiles, plan: WorkerPlan, done: Set[int], backend: str) -> Any:
+    """The lazy dataset of receipts: manifest in, one row per part, a pool of engines."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
-    from ray.exceptions import RayError
+    from ray.util.annotations import RayDeprecationWarning
 
     from retinaray.distributed.detect_worker import DetectWorker
 
@@ -284,10 +319,14 @@ def _process(
     # A part whose worker dies again and again must not end the run: the others go on, and it is
     # reported.
     context.max_errored_blocks = -1
-    receipts = (
-        ray.data.read_parquet(_ray_paths(files), filesystem=_ray_filesystem(files))
-        .repartition(target_num_rows_per_block=1)
-        .map_batches(
+    parts = ray.data.read_parquet(_ray_paths(files), filesystem=_ray_filesystem(files)).repartition(
+        target_num_rows_per_block=1
+    )
+    with warnings.catch_warnings():
+        # Bounds on restarts and retries have no named parameter yet; pyproject pins Ray below the
+        # version that takes this way away.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        return parts.map_batches(
             DetectWorker,
             batch_size=1,
             batch_format="pyarrow",
@@ -305,19 +344,6 @@ def _process(
                 "done": frozenset(done),
             },
         )
-    )
-    view = InferenceView(num_parts=num_parts, num_done=len(done))
-    with view:
-        try:
-            for batch in receipts.iter_batches(batch_size=None, batch_format="pyarrow"):
-                for row in batch.to_pylist():
-                    view.add(row["num_images"] + row["num_errors"], row["num_errors"])
-        except RayError as error:
-            raise ClusterError(
-                f"batch inference stopped: {_first_line(error)}; the finished parts are kept, "
-                "run the same command again to go on"
-            ) from error
-    return view.images_per_s
 
 
 def _first_line(error: BaseException) -> str:
@@ -330,7 +356,7 @@ def _ray_paths(files: RunFiles) -> str:
 
 
 def _ray_filesystem(files: RunFiles) -> Any:
-    """Where Ray Data reads the manifest: named explicitly, so that an endpoint needs no environment variable."""
+    """Where Ray Data reads the manifest: explicit, so that an endpoint needs no variable."""
     from pyarrow import fs
 
     if not is_s3(files.root):
@@ -339,7 +365,9 @@ def _ray_filesystem(files: RunFiles) -> Any:
     return fs.S3FileSystem(endpoint_override=endpoint) if endpoint else fs.S3FileSystem()
 
 
-def _finish(files: RunFiles, record: Mapping[str, Any], num_parts: int) -> RunTotals:
+def _finish(
+    files: RunFiles, record: Mapping[str, Any], num_parts: int, failures: Sequence[str]
+) -> RunTotals:
     """Merge, and hold the law: every input is an image or an error, exactly once.
 
     Raises:
@@ -347,15 +375,17 @@ def _finish(files: RunFiles, record: Mapping[str, Any], num_parts: int) -> RunTo
     """
     missing = sorted(set(range(num_parts)) - files.list_committed())
     if missing:
+        died = "their workers died each time (out of memory, or an image that kills its decoder)"
         raise ClusterError(
-            f"{len(missing)} of {num_parts} parts were not finished, first {missing[:5]}: their workers died "
-            "each time (out of memory, or an image that kills its decoder); the other parts are kept, run the "
-            "same command again to retry these"
+            f"{len(missing)} of {num_parts} parts were not finished, first {missing[:5]}: "
+            f"{failures[0] if failures else died}; the other parts are kept, run the same command "
+            "again to retry these"
         )
     totals = files.merge(num_parts)
     if totals.num_images + totals.num_errors != record["num_inputs"]:
         raise ClusterError(
-            f"{record['num_inputs']} images went in, {totals.num_images} images and {totals.num_errors} errors "
+            f"{record['num_inputs']} images went in, {totals.num_images} images and "
+            f"{totals.num_errors} errors "
             f"came out in {files.root}: its files were changed by somebody else; use --overwrite"
         )
     return totals

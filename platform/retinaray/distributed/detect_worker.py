@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -12,10 +13,13 @@ import pyarrow as pa
 from retinaray.assembly.reading import make_predictor_settings, make_read_settings
 from retinaray.config.loading import load_from_dict
 from retinaray.config.schema import InferJob
+from retinaray.errors import RetinarayError
 from retinaray.inference.pipeline import ImageSource, detect_images
 from retinaray.inference.predictor import load_predictor
 from retinaray.inference.run_files import PartReceipt, RunFiles
 from retinaray.storage import Storage
+
+logger = logging.getLogger(__name__)
 
 RECEIPT_SCHEMA = pa.schema(
     [
@@ -23,6 +27,7 @@ RECEIPT_SCHEMA = pa.schema(
         ("num_images", pa.int64()),
         ("num_errors", pa.int64()),
         ("num_detections", pa.int64()),
+        ("failure", pa.string()),
     ]
 )
 
@@ -64,13 +69,26 @@ class DetectWorker:
         )
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        """Process the parts in a batch of rows; parts that are committed already give no receipt."""
+        """Process the parts in some rows; parts that are committed already give no receipt.
+
+        A part that could not be committed gives a receipt with the failure in words: of exceptions
+        that leave a worker, Ray Data tells the driver nothing as long as the others go on.
+        """
         receipts = [
-            self._process(row["part"], row["image_ids"], row["uris"])
+            self._attempt(row["part"], row["image_ids"], row["uris"])
             for row in rows.to_pylist()
             if row["part"] not in self._done
         ]
-        return pa.Table.from_pylist([vars(receipt) for receipt in receipts], RECEIPT_SCHEMA)
+        return pa.Table.from_pylist(receipts, RECEIPT_SCHEMA)
+
+    def _attempt(self, number: int, image_ids: list[str], uris: list[str]) -> dict[str, Any]:
+        try:
+            return {**vars(self._process(number, image_ids, uris)), "failure": ""}
+        # RuntimeError is what torch, OpenVINO and CUDA raise.
+        except (RetinarayError, RuntimeError) as error:
+            logger.exception("part %d failed", number)
+            nothing = PartReceipt(number, num_images=0, num_errors=0, num_detections=0)
+            return {**vars(nothing), "failure": str(error) or type(error).__name__}
 
     def _process(self, number: int, image_ids: list[str], uris: list[str]) -> PartReceipt:
         sources = (

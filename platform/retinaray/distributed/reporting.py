@@ -1,4 +1,4 @@
-"""Events on their way from a worker, on whatever machine, to the driver that shows and keeps them."""
+"""Events on their way from workers on any machine to the driver that shows and keeps them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.actor import ActorHandle
 
 _POLL_S = 0.5
 
@@ -30,7 +29,7 @@ class EventBoard:
 
 
 @contextmanager
-def follow_events(handle: Callable[[dict[str, Any]], None]) -> Iterator[ActorHandle]:
+def follow_events(handle: Callable[[dict[str, Any]], None]) -> Iterator[Any]:
     """Run a mailbox whose events reach `handle`, in a thread of the driver, while the block runs.
 
     Args:
@@ -40,7 +39,7 @@ def follow_events(handle: Callable[[dict[str, Any]], None]) -> Iterator[ActorHan
     Yields:
         The actor to post to: `board.post.remote(event)`.
     """
-    board = ray.remote(EventBoard).options(num_cpus=0, max_restarts=0).remote()
+    board: Any = ray.remote(EventBoard).options(num_cpus=0, max_restarts=0).remote()
     is_over = threading.Event()
     failures: list[BaseException] = []
 
@@ -59,8 +58,10 @@ def follow_events(handle: Callable[[dict[str, Any]], None]) -> Iterator[ActorHan
     finally:
         is_over.set()
         thread.join()
-        for event in [] if failures else ray.get(board.collect.remote()):
-            handle(event)
-        ray.kill(board)
+        try:
+            for event in [] if failures else ray.get(board.collect.remote()):
+                handle(event)
+        finally:
+            ray.kill(board)
     if failures:
         raise failures[0]

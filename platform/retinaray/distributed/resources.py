@@ -1,21 +1,25 @@
-"""Reaching Ray, and deciding how much of it a job takes. Decisions are pure; only `connect` talks to Ray."""
+"""Reaching Ray, and deciding how much of it a job takes. Only `connect` talks to Ray."""
 
 from __future__ import annotations
 
 import logging
 import os
 import secrets
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from retinaray.errors import ClusterError
+from retinaray.machine import count_cores
 
 logger = logging.getLogger(__name__)
 
 # Enough for the manifests and receipts that pass through it; pixels never do.
 _OBJECT_STORE_BYTES = 512 * 1024 * 1024
 _CPU_THREADS_PER_ENGINE = 2
+_CONNECT_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class WorkerPlan:
 
 
 def plan_training(num_workers: int, cluster: ClusterSize) -> WorkerPlan:
-    """Resources of the training workers: one GPU each where there are any, else a share of the processors.
+    """Resources of the training workers: one GPU each where there are any, else processors.
 
     Raises:
         ClusterError: If the cluster has GPUs but fewer than workers, or fewer processors than
@@ -61,12 +65,14 @@ def plan_training(num_workers: int, cluster: ClusterSize) -> WorkerPlan:
     """
     if cluster.num_gpus and cluster.num_gpus < num_workers:
         raise ClusterError(
-            f"run.workers={num_workers} needs {num_workers} GPUs, the cluster has {cluster.num_gpus:g}: "
+            f"run.workers={num_workers} needs {num_workers} GPUs, the cluster has "
+            f"{cluster.num_gpus:g}: "
             "lower --workers or add GPU nodes"
         )
     if cluster.num_cpus < num_workers:
         raise ClusterError(
-            f"run.workers={num_workers} needs {num_workers} CPUs, the cluster has {cluster.num_cpus:g}: "
+            f"run.workers={num_workers} needs {num_workers} CPUs, the cluster has "
+            f"{cluster.num_cpus:g}: "
             "lower --workers or add nodes"
         )
     threads = max(1, int(cluster.num_cpus / num_workers))
@@ -90,7 +96,8 @@ def plan_inference(num_workers: int | None, num_parts: int, cluster: ClusterSize
         num_workers = int(cluster.num_gpus) or by_cpu
     elif cluster.num_gpus and cluster.num_gpus < num_workers:
         raise ClusterError(
-            f"workers={num_workers} needs {num_workers} GPUs, the cluster has {cluster.num_gpus:g}: "
+            f"workers={num_workers} needs {num_workers} GPUs, the cluster has "
+            f"{cluster.num_gpus:g}: "
             "lower --workers or add GPU nodes"
         )
     num_workers = max(1, min(num_workers, num_parts))
@@ -99,7 +106,8 @@ def plan_inference(num_workers: int | None, num_parts: int, cluster: ClusterSize
     num_cpus = min(1.0, int(100 * free / num_workers) / 100)
     if num_cpus < 0.01:
         raise ClusterError(
-            f"workers={num_workers} is too many for {cluster.num_cpus:g} CPUs: lower --workers or add nodes"
+            f"workers={num_workers} is too many for {cluster.num_cpus:g} CPUs: lower --workers "
+            "or add nodes"
         )
     return WorkerPlan(
         num_workers=num_workers,
@@ -111,7 +119,7 @@ def plan_inference(num_workers: int | None, num_parts: int, cluster: ClusterSize
 
 @contextmanager
 def connect(*, min_cpus: int = 1) -> Iterator[ClusterSize]:
-    """Be connected to Ray: the cluster that is already there, RAY_ADDRESS, or one of our own on this machine.
+    """Be connected to Ray: as already connected, at RAY_ADDRESS, or on this machine alone.
 
     Args:
         min_cpus: Logical processors that an own cluster shall have at least.
@@ -130,11 +138,11 @@ def connect(*, min_cpus: int = 1) -> Iterator[ClusterSize]:
     if not was_connected:
         _start(address, min_cpus)
     try:
-        totals = ray.cluster_resources()
+        totals = ray.cluster_resources()  # type: ignore[no-untyped-call]
         yield ClusterSize(
             num_cpus=totals.get("CPU", 0),
             num_gpus=totals.get("GPU", 0),
-            num_nodes=sum(1 for node in ray.nodes() if node["Alive"]),
+            num_nodes=_count_nodes(),
             is_local=address is None,
         )
     finally:
@@ -142,27 +150,60 @@ def connect(*, min_cpus: int = 1) -> Iterator[ClusterSize]:
             ray.shutdown()
 
 
-def _start(address: str | None, min_cpus: int) -> None:
+def _count_nodes() -> int:
     import ray
 
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return sum(bool(node["Alive"]) for node in nodes)
+
+
+def _start(address: str | None, min_cpus: int) -> None:
+    import ray
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+    # Ray read the environment when it was imported, which a caller may have done before us; the
+    # cluster that it starts reads it now, and would refuse its own driver.
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+    if address is not None:
+        _refuse_dead_address(address)
     try:
         if address is not None:
             logger.info("connecting to Ray at %s", address)
-            ray.init(address=address, logging_level="warning", log_to_driver=False)
+            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
             return
-        num_cpus = max(os.cpu_count() or 1, min_cpus)
+        num_cpus = max(count_cores(), min_cpus)
         logger.info("starting Ray on this machine (%d CPUs)", num_cpus)
         ray.init(
             address="local",
             num_cpus=num_cpus,
             include_dashboard=False,
             object_store_memory=_OBJECT_STORE_BYTES,
-            logging_level="warning",
+            logging_level=logging.WARNING,
             log_to_driver=False,
         )
-    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+    # Ray reports some failures, such as too slow a start, as bare Exceptions.
+    except Exception as error:
         where = f"reach Ray at {address} (RAY_ADDRESS)" if address else "start Ray on this machine"
         raise ClusterError(f"cannot {where}: {error}") from error
+
+
+def _refuse_dead_address(address: str) -> None:
+    """Try the address first: Ray itself tries for minutes before it says that nobody is there.
+
+    Raises:
+        ClusterError: If it names a host and a port at which nobody listens.
+    """
+    host, _, port = address.rpartition("://")[2].partition("/")[0].rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ClusterError(
+            f"cannot reach Ray at {address} (RAY_ADDRESS): {error}; start the cluster, correct the "
+            "address, or unset RAY_ADDRESS to use this machine alone"
+        ) from error
 
 
 def _prepare_environment() -> None:

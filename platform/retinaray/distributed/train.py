@@ -18,10 +18,11 @@ from retinaray.assembly.training import TrainingInputs, count_steps, read_inputs
 from retinaray.config.loading import to_dict
 from retinaray.config.schema import TrainJob
 from retinaray.distributed.resources import WorkerPlan, connect, plan_training
+from retinaray.distributed.run_settings import compare_settings
 from retinaray.errors import ClusterError, ConfigError
 from retinaray.reporting.training_log import TrainingLog
 from retinaray.reporting.training_progress import TrainingView
-from retinaray.storage import is_s3
+from retinaray.storage import Storage, is_s3
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +31,12 @@ WEIGHTS_FILE = "weights.pth"
 STATE_FILE = "training.pth"
 # Settings that may change when a training is resumed: they do not change what is computed.
 _FREE_SETTINGS = (
-    ("run", "override"),
-    ("run", "workers"),
-    ("run", "max_failures"),
-    ("run", "log_every"),
-    ("data", "loader_processes"),
-    ("reading", "threads"),
+    "run.override",
+    "run.workers",
+    "run.max_failures",
+    "run.log_every",
+    "data.loader_processes",
+    "reading.threads",
 )
 
 
@@ -111,7 +112,8 @@ def run_training(job: TrainJob) -> TrainOutcome:
 def _announce(job: TrainJob, inputs: TrainingInputs) -> None:
     train = inputs.train
     logger.info(
-        "%d training images, %d validation images, %d classes (%s), canvas %dx%d (height x width), %d steps of %d",
+        "%d training images, %d validation images, %d classes (%s), canvas %dx%d (height x "
+        "width), %d steps of %d",
         len(train),
         len(inputs.val or ()),
         len(train.categories),
@@ -138,7 +140,7 @@ def _open_run(job: TrainJob, folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
     if path.exists() and not job.run.override:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        differences = _compare(found["job"], to_dict(job))
+        differences = compare_settings(found["job"], to_dict(job), free=_FREE_SETTINGS)
         if found["annotations_sha256"] != annotations:
             differences.append("the annotation files have changed")
         if differences:
@@ -148,32 +150,33 @@ def _open_run(job: TrainJob, folder: Path) -> dict[str, Any]:
             )
         logger.info("resuming run %s in %s", found["run_id"], folder)
         return found
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+    _clear(folder, is_asked_for=job.run.override)
     record = {
         "run_id": make_run_id(),
         "job": to_dict(job),
         "annotations_sha256": annotations,
         "versions": collect_versions(),
     }
-    path.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    # Whole or not at all: half a record would stop the next command in this folder.
+    Storage().write_bytes(str(path), json.dumps(record, indent=1).encode())
     return record
 
 
-def _compare(
-    old: Mapping[str, Any], new: Mapping[str, Any], path: tuple[str, ...] = ()
-) -> list[str]:
-    """Settings that differ, as `path: old -> new`."""
-    differences: list[str] = []
-    for key in sorted(set(old) | set(new)):
-        place = (*path, key)
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            differences += _compare(before, after, place)
-        elif json.dumps(before) != json.dumps(after) and place not in _FREE_SETTINGS:
-            differences.append(f"{'.'.join(place)}: {before} -> {after}")
-    return differences
+def _clear(folder: Path, *, is_asked_for: bool) -> None:
+    """Make an empty folder; what is no training's is removed only on --override.
+
+    Raises:
+        ConfigError: If there is something else, and nobody said that it may go.
+    """
+    if folder.exists():
+        is_run = folder.is_dir() and (not any(folder.iterdir()) or (folder / "run.json").exists())
+        if not (is_run or (folder.is_dir() and is_asked_for)):
+            raise ConfigError(
+                f"{folder} is needed for the run, but it is there with no run.json in it: give "
+                "another model path, move it away, or --override to remove it"
+            )
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
 
 
 def _fit(

@@ -1,9 +1,9 @@
-"""One Ray Train worker: builds its share of the training, runs the loop, validates and reports checkpoints."""
+"""One Ray Train worker: runs its share of the loop, validates, reports checkpoints."""
 
 from __future__ import annotations
 
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,9 @@ def train_worker(config: dict[str, Any]) -> None:
     keeper = _Keeper(job, inputs, card, state, config["board"], settings.autocast_dtype)
 
     def post_progress(progress: Progress) -> None:
+        shared = _average_losses(progress, device, world_size)
         if rank == 0:
-            config["board"].post.remote({"kind": "progress", **asdict(progress)})
+            config["board"].post.remote({"kind": "progress", **asdict(shared)})
 
     run_loop(
         state,
@@ -82,6 +83,16 @@ def train_worker(config: dict[str, Any]) -> None:
     )
 
 
+def _average_losses(progress: Progress, device: torch.device, world_size: int) -> Progress:
+    """The report with the losses of the whole batch; all workers come here at the same steps."""
+    if world_size == 1:
+        return progress
+    losses = torch.tensor([progress.class_loss, progress.box_loss], device=device)
+    torch.distributed.all_reduce(losses)
+    class_loss, box_loss = (losses / world_size).tolist()
+    return replace(progress, class_loss=class_loss, box_loss=box_loss)
+
+
 def _wrap(model: RetinaNet, device: torch.device, world_size: int) -> nn.Module:
     if world_size == 1:
         return model
@@ -90,7 +101,7 @@ def _wrap(model: RetinaNet, device: torch.device, world_size: int) -> nn.Module:
 
 
 def _count_loaders(job: TrainJob, threads: int, device: torch.device) -> int:
-    """Decoding processes: beside a GPU as many as there are cores; on a CPU they would only fight the step."""
+    """Decoding processes: one per core beside a GPU; on a CPU they would only fight the step."""
     if job.data.loader_processes is not None:
         return job.data.loader_processes
     return min(16, max(1, threads - 1)) if device.type == "cuda" else 0

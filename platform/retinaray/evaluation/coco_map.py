@@ -100,7 +100,8 @@ def evaluate_detections(
         The scores; a class without ground truth has None, never 0.
 
     Raises:
-        ValueError: If a detection names an image or a category that the ground truth does not have.
+        ValueError: If a detection or an annotation names an image or a category that the ground
+            truth does not have.
 
     Source: pycocotools' COCOeval with its default parameters (maxDets 1, 10, 100).
     """
@@ -139,7 +140,7 @@ def evaluate_detections(
 
 
 def _number(ids: Any) -> dict[int | str, int]:
-    """Consecutive numbers from 1: pycocotools cannot sort or compare ids of mixed or string type."""
+    """Numbers from 1: pycocotools cannot sort ids of mixed or string type."""
     return {identity: number for number, identity in enumerate(ids, start=1)}
 
 
@@ -148,17 +149,21 @@ def _number_truth(
     images: Mapping[int | str, int],
     categories: Mapping[int | str, int],
 ) -> list[dict[str, Any]]:
-    return [
-        {
-            "id": number,
-            "image_id": images[annotation["image_id"]],
-            "category_id": categories[annotation["category_id"]],
-            "bbox": annotation["bbox"],
-            "area": annotation.get("area", annotation["bbox"][2] * annotation["bbox"][3]),
-            "iscrowd": annotation.get("iscrowd", 0),
-        }
-        for number, annotation in enumerate(annotations, start=1)
-    ]
+    numbered = []
+    for number, annotation in enumerate(annotations, start=1):
+        _refuse_unknown(f"annotation {number}", annotation, images, categories)
+        area = annotation.get("area")
+        numbered.append(
+            {
+                "id": number,
+                "image_id": images[annotation["image_id"]],
+                "category_id": categories[annotation["category_id"]],
+                "bbox": annotation["bbox"],
+                "area": annotation["bbox"][2] * annotation["bbox"][3] if area is None else area,
+                "iscrowd": annotation.get("iscrowd") or 0,
+            }
+        )
+    return numbered
 
 
 def _number_detections(
@@ -168,12 +173,7 @@ def _number_detections(
 ) -> list[dict[str, Any]]:
     numbered = []
     for number, detection in enumerate(detections, start=1):
-        for key, known in (("image_id", images), ("category_id", categories)):
-            if detection[key] not in known:
-                raise ValueError(
-                    f"detection {number} has {key}={detection[key]!r}, which the ground truth does not have: "
-                    "evaluate against the annotations that belong to these images and classes"
-                )
+        _refuse_unknown(f"detection {number}", detection, images, categories)
         width, height = detection["bbox"][2:]
         numbered.append(
             {
@@ -187,6 +187,20 @@ def _number_detections(
             }
         )
     return numbered
+
+
+def _refuse_unknown(
+    label: str,
+    record: Mapping[str, Any],
+    images: Mapping[int | str, int],
+    categories: Mapping[int | str, int],
+) -> None:
+    for key, known in (("image_id", images), ("category_id", categories)):
+        if record[key] not in known:
+            raise ValueError(
+                f"{label} has {key}={record[key]!r}, which the ground truth does not have: "
+                "evaluate against the annotations that belong to these images and classes"
+            )
 
 
 def _count_truth(annotations: Sequence[Mapping[str, Any]]) -> dict[int, int]:

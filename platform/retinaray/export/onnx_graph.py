@@ -1,7 +1,7 @@
-"""A trained detector as one ONNX file that runs anywhere: standard operators, opset 17, no NMS, metadata inside.
+"""A trained detector as one ONNX file: standard operators, opset 17, no NMS, metadata inside.
 
-Normalisation is the first operation of the graph and the boxes leave it decoded, so that no runtime has
-anything of its own to get wrong.
+Normalisation is the first operation of the graph and the boxes leave it decoded, so that no runtime
+has anything of its own to get wrong.
 """
 
 from __future__ import annotations
@@ -28,9 +28,21 @@ from retinaray.inference.onnx_contract import INPUT_NAME, OUTPUT_NAMES
 if TYPE_CHECKING:
     import onnx
 
-OPSET = 17
 # TensorRT 8.5 to 11 read opset 17; TensorRT's TopK takes fewer than 3840.
+OPSET = 17
+# The format that came with opset 17; runtimes as old as that refuse newer ones.
+_IR_VERSION = 8
 MAX_TOP_K = 3839
+# The lowest that torch's exporter writes. Its own conversion downwards gives up, with a mere
+# warning, on a network that averages in two places.
+_TRACED_OPSET = 18
+# What these operators gained in opset 18, with the values that mean the same as before.
+_GAINED_ATTRIBUTES: dict[str, dict[str, Any]] = {
+    "Resize": {"antialias": 0, "keep_aspect_ratio_policy": b"stretch"},
+    "ReduceMax": {"noop_with_empty_axes": 0},
+    "ReduceMean": {"noop_with_empty_axes": 0},
+}
+_AXES_MOVED = frozenset(["ReduceMax", "ReduceMean"])
 
 InputType = Literal["uint8", "float32"]
 
@@ -91,18 +103,24 @@ def export_onnx(model: RetinaNet, card: ModelCard, settings: ExportSettings) -> 
         settings: What to write.
 
     Returns:
-        The file's content: input `images` [N, 3, H, W]; outputs `boxes` [N, D, 4] float32 xyxy in network pixels,
-        `scores` [N, D] float32 and `labels` [N, D] int32; N is the only free axis.
+        The file's content: input `images` [N, 3, H, W]; outputs `boxes` [N, D, 4] float32 xyxy in
+        network pixels, `scores` [N, D] float32 and `labels` [N, D] int32; N is the only free axis.
 
     Raises:
-        ExportError: If the exporter or the ONNX checker refuses, or the graph does not keep the contract.
+        ExportError: If the exporter or the ONNX checker refuses, or the graph does not keep the
+            contract.
     """
     import onnx
 
+    if not 1 <= settings.top_k <= MAX_TOP_K:
+        raise ExportError(
+            f"top_k={settings.top_k}: expected 1 to {MAX_TOP_K} candidates; TensorRT takes no more"
+        )
     program = _trace(ExportedDetector(model, settings).eval(), settings)
     buffer = io.BytesIO()
     program.save(buffer)
     proto = onnx.load_model_from_string(buffer.getvalue())
+    _lower_opset(proto)
     for key, value in replace(card, canvas=settings.canvas).to_metadata().items():
         proto.metadata_props.add(key=key, value=value)
     _name_batch_axis(proto)
@@ -123,7 +141,7 @@ def _trace(detector: ExportedDetector, settings: ExportSettings) -> Any:
                 detector,
                 (example,),
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=_TRACED_OPSET,
                 input_names=[INPUT_NAME],
                 output_names=list(OUTPUT_NAMES),
                 dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1, max=1024)}},
@@ -144,6 +162,37 @@ def _quiet(name: str) -> Iterator[None]:
         exporter_logger.setLevel(level)
 
 
+def _lower_opset(proto: onnx.ModelProto) -> None:
+    """Write a graph of opset 18 as opset 17, which says the same in other places.
+
+    What is not known here stays, and `check_contract` refuses it.
+    """
+    from onnx import helper, numpy_helper
+
+    constants = {tensor.name: tensor for tensor in proto.graph.initializer}
+    for node in proto.graph.node:
+        gained = _GAINED_ATTRIBUTES.get(node.op_type, {})
+        kept = [
+            attribute
+            for attribute in node.attribute
+            if gained.get(attribute.name) != helper.get_attribute_value(attribute)
+        ]
+        if node.op_type in _AXES_MOVED and len(node.input) == 2:
+            axes = numpy_helper.to_array(constants[node.input.pop()]).tolist()
+            kept.append(helper.make_attribute("axes", axes))
+        del node.attribute[:]
+        node.attribute.extend(kept)
+        # Notes of the exporter's optimizer, which IR version 8 does not know.
+        del node.metadata_props[:]
+    used = {name for node in proto.graph.node for name in node.input}
+    for tensor in [tensor for tensor in proto.graph.initializer if tensor.name not in used]:
+        proto.graph.initializer.remove(tensor)
+    for entry in proto.opset_import:
+        if entry.domain == "" and entry.version == _TRACED_OPSET:
+            entry.version = OPSET
+    proto.ir_version = _IR_VERSION
+
+
 def _name_batch_axis(proto: onnx.ModelProto) -> None:
     for value in (*proto.graph.input, *proto.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = "N"
@@ -156,8 +205,8 @@ def check_contract(proto: onnx.ModelProto) -> None:
         proto: The whole model.
 
     Raises:
-        ExportError: If the checker refuses it, an operator is not a standard one, the opset is another, or a
-            shape other than the batch is free.
+        ExportError: If the checker refuses it, an operator is not a standard one, the opset is
+            another, or a shape other than the batch is free.
     """
     import onnx
 

@@ -14,8 +14,9 @@ from torchvision.ops import box_iou
 from retinaray.detector.postprocess import Detections
 from retinaray.inference.predictor import Predictor
 
-# Detections this close to the threshold may fall on either side of it by rounding alone.
-_SCORE_MARGIN = 0.02
+# Scores may differ by this much for rounding alone, so that detections this close to their
+# threshold may fall on either side of it.
+SCORE_MARGIN = 0.02
 _SAME_BOX_IOU = 0.5
 
 
@@ -27,6 +28,7 @@ class ParityReport:
         num_images: Canvases that were compared.
         num_boxes: Detections of the reference that score clearly above the threshold.
         num_missing: Those for which the candidate has no box of the same class.
+        num_extra: Clear detections of the candidate for which the reference has none.
         max_box_px: Largest corner difference of a matched box.
         mean_box_px: Mean of the largest corner difference per box.
         max_score: Largest difference of score.
@@ -35,6 +37,7 @@ class ParityReport:
     num_images: int
     num_boxes: int
     num_missing: int
+    num_extra: int
     max_box_px: float
     mean_box_px: float
     max_score: float
@@ -50,42 +53,49 @@ def compare_predictors(
         candidate: Is compared with it; takes canvases of the same size.
         canvases: Images; may be empty.
     """
-    num_boxes = num_missing = 0
+    num_boxes = num_missing = num_extra = 0
     box_differences: list[float] = []
     score_differences: list[float] = []
     for canvas in canvases:
         expected = reference.predict(canvas[None])[0]
         found = candidate.predict(canvas[None])[0]
-        is_clear = expected.scores > float(min(reference.card.score_thresholds)) + _SCORE_MARGIN
-        for box, score, label in zip(
-            expected.boxes_xyxy[is_clear],
-            expected.scores[is_clear],
-            expected.labels[is_clear],
-            strict=True,
-        ):
+        limits = torch.tensor(reference.card.score_thresholds) + SCORE_MARGIN
+        num_extra += sum(
+            _find_partner(found, index, expected) is None for index in _list_clear(found, limits)
+        )
+        for index in _list_clear(expected, limits):
             num_boxes += 1
-            partner = _find_partner(box, label, found)
+            partner = _find_partner(expected, index, found)
             if partner is None:
                 num_missing += 1
                 continue
+            box = expected.boxes_xyxy[index]
             box_differences.append(float((found.boxes_xyxy[partner] - box).abs().max()))
-            score_differences.append(float((found.scores[partner] - score).abs()))
+            score_differences.append(float((found.scores[partner] - expected.scores[index]).abs()))
     return ParityReport(
         num_images=len(canvases),
         num_boxes=num_boxes,
         num_missing=num_missing,
+        num_extra=num_extra,
         max_box_px=max(box_differences, default=0.0),
         mean_box_px=float(np.mean(box_differences)) if box_differences else 0.0,
         max_score=max(score_differences, default=0.0),
     )
 
 
-def _find_partner(box: Tensor, label: Tensor, found: Detections) -> int | None:
-    """Index of the detection of that class which overlaps the box most; none below half."""
-    overlaps = box_iou(box[None], found.boxes_xyxy)[0] * (found.labels == label)
-    if len(found) == 0 or float(overlaps.max()) < _SAME_BOX_IOU:
+def _list_clear(detections: Detections, limits: Tensor) -> list[int]:
+    """Indices of the detections that score clearly above the threshold of their class."""
+    is_clear = detections.scores > limits[detections.labels]
+    return [int(index) for index in is_clear.nonzero()[:, 0]]
+
+
+def _find_partner(detections: Detections, index: int, others: Detections) -> int | None:
+    """Index of the other of that class which overlaps the box most; none below half."""
+    if len(others) == 0:
         return None
-    return int(overlaps.argmax())
+    overlaps = box_iou(detections.boxes_xyxy[index][None], others.boxes_xyxy)[0]
+    overlaps = overlaps * (others.labels == detections.labels[index])
+    return int(overlaps.argmax()) if float(overlaps.max()) >= _SAME_BOX_IOU else None
 
 
 def make_test_canvases(

@@ -20,7 +20,24 @@ from retinaray.inference.pipeline import ImageSource
 from retinaray.storage import Storage, is_s3, join_uri
 
 IMAGE_SUFFIXES = frozenset(
-    [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".avif", ".jp2", ".j2k", ".mpo", ".ppm", ".pgm"]
+    [
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".png",
+        ".bmp",
+        ".gif",
+        ".webp",
+        ".tif",
+        ".tiff",
+        ".avif",
+        ".jp2",
+        ".j2k",
+        ".mpo",
+        ".ppm",
+        ".pgm",
+    ]
 )
 # The first parts are small, so that a small set still keeps all workers busy; later ones amortise
 # the commit.
@@ -53,8 +70,8 @@ def list_sources(
         storage: Where to look.
 
     Yields:
-        Images in the order of the COCO file's ids or of the list, else sorted by URI. Ids are the
-        COCO file's, else they count from 1.
+        Images in the order of the COCO file or of the list, else sorted by URI. Ids are the COCO
+        file's, else they count from 1.
 
     Raises:
         DatasetError: If there is no image, or the list is malformed.
@@ -76,7 +93,8 @@ def _refuse_empty(sources: Iterator[ImageSource], images: str) -> Iterator[Image
     first = next(sources, None)
     if first is None:
         raise DatasetError(
-            f"{images}: no images found; expected a folder, an S3 prefix, a .txt list of URIs or a COCO .json "
+            f"{images}: no images found; expected a folder, an S3 prefix, a .txt list of URIs "
+            "or a COCO .json "
             f"(image files end in {', '.join(sorted(IMAGE_SUFFIXES)[:6])}, ...)"
         )
     yield first
@@ -95,10 +113,11 @@ def _list_coco(root: str, content: Any) -> Iterator[ImageSource]:
     records = content.get("images") if isinstance(content, Mapping) else None
     if not isinstance(records, list):
         raise DatasetError(f"COCO file for {root}: expected an object with a list 'images'")
-    incomplete = [record for record in records if not {"id", "file_name"} <= set(record)]
+    incomplete = [record for record in records if not _is_complete(record)]
     if incomplete:
         raise DatasetError(
-            f"COCO file for {root}: {len(incomplete)} images without id or file_name, first: {incomplete[0]}"
+            f"COCO file for {root}: {len(incomplete)} images without a usable id or file_name, first: "
+            f"{incomplete[0]}"
         )
     seen: set[int | str] = set()
     for record in records:
@@ -114,21 +133,37 @@ def _list_coco(root: str, content: Any) -> Iterator[ImageSource]:
     )
 
 
+def _is_complete(record: Any) -> bool:
+    return (
+        isinstance(record, Mapping)
+        and type(record.get("id")) in (int, str)
+        and isinstance(record.get("file_name"), str)
+    )
+
+
 def _read_list(uri: str, storage: Storage) -> Iterator[str]:
-    """URIs of a text file, one per line; relative ones lie beside the file. `#` is part of a name."""
+    """URIs of a text file, one per line, relative to the file; `#` is part of a name."""
     root = _parent(uri)
-    for line in storage.read_bytes(uri).decode("utf-8-sig").splitlines():
-        entry = line.strip()
-        if entry:
-            yield (
-                entry
-                if is_s3(entry) or entry.startswith(("/", "file://"))
-                else join_uri(root, entry)
-            )
+    with storage.open_reader(uri) as reader:
+        for number, line in enumerate(reader, start=1):
+            entry = _decode_line(line, uri, number)
+            if entry:
+                is_absolute = is_s3(entry) or entry.startswith(("/", "file://"))
+                yield entry if is_absolute else join_uri(root, entry)
+
+
+def _decode_line(line: bytes, uri: str, number: int) -> str:
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise DatasetError(
+            f"{uri}, line {number}: expected UTF-8 text, one URI per line: {error}"
+        ) from error
 
 
 def _parent(uri: str) -> str:
-    return uri.rpartition("/")[0] or "."
+    folder, slash, _ = uri.rpartition("/")
+    return folder or slash or "."
 
 
 def _parse_json(content: bytes, uri: str) -> Any:

@@ -8,7 +8,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from retinaray.detector.postprocess import Detections
-from retinaray.errors import InferenceError
+from retinaray.errors import CheckpointError, InferenceError
 from retinaray.inference.onnx_contract import INPUT_NAME, OUTPUT_NAMES, read_onnx_card
 from retinaray.inference.predictor import PredictorSettings, Suppressor, check_canvas
 
@@ -22,7 +22,7 @@ class OnnxRuntimePredictor:
         settings: How to run it.
 
     Raises:
-        CheckpointError: If the file is not one of ours.
+        CheckpointError: If the file is not one of ours, or its graph is damaged.
         InferenceError: If ONNX Runtime would run it elsewhere than on the CPU, or the size does not
             fit.
     """
@@ -36,14 +36,17 @@ class OnnxRuntimePredictor:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = settings.threads
         options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(
-            content, options, providers=["CPUExecutionProvider"]
-        )
+        try:
+            self._session = onnxruntime.InferenceSession(
+                content, options, providers=["CPUExecutionProvider"]
+            )
+        # Its errors have no common class below Exception.
+        except Exception as error:
+            raise CheckpointError(f"{uri}: ONNX Runtime cannot load it: {error}") from error
         provider = self._session.get_providers()[0]
         if provider != "CPUExecutionProvider":
             raise InferenceError(f"expected CPUExecutionProvider, ONNX Runtime took {provider}")
-        shape = self._session.get_inputs()[0].shape
-        self.canvas = (int(shape[2]), int(shape[3]))
+        self.canvas = self.card.canvas
         check_canvas(settings.canvas, self.canvas, uri)
         self._suppress = Suppressor(self.card, settings)
 

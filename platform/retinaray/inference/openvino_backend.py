@@ -1,4 +1,4 @@
-"""An exported file run by OpenVINO: the default on CPUs, in bf16 where the processor computes it."""
+"""An exported file run by OpenVINO: the default on CPUs, in bf16 where they compute it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from retinaray.detector.postprocess import Detections
+from retinaray.errors import CheckpointError
 from retinaray.inference.onnx_contract import INPUT_NAME, OUTPUT_NAMES, read_onnx_card
 from retinaray.inference.predictor import PredictorSettings, Suppressor, check_canvas
 
 
 class OpenVinoPredictor:
-    """Runs an exported file on the CPU at one fixed batch size; smaller batches are padded with black.
+    """Runs an exported file on the CPU at a fixed batch; smaller ones are padded with black.
 
     Args:
         content: The ONNX file.
@@ -21,7 +22,7 @@ class OpenVinoPredictor:
         settings: How to run it.
 
     Raises:
-        CheckpointError: If the file is not one of ours.
+        CheckpointError: If the file is not one of ours, or its graph is damaged.
         InferenceError: If the size does not fit.
     """
 
@@ -33,9 +34,11 @@ class OpenVinoPredictor:
 
         self.card, self._input_type = read_onnx_card(content, uri=uri)
         core = openvino.Core()
-        model = core.read_model(content)
-        shape = model.input(0).partial_shape
-        self.canvas = (shape[2].get_length(), shape[3].get_length())
+        try:
+            model = core.read_model(content)
+        except RuntimeError as error:
+            raise CheckpointError(f"{uri}: OpenVINO cannot load it: {error}") from error
+        self.canvas = self.card.canvas
         check_canvas(settings.canvas, self.canvas, uri)
         self._batch = settings.batch
         # A fixed shape lets the plugin plan its memory; dynamic batches run slower.

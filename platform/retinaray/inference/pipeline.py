@@ -1,4 +1,4 @@
-"""From files to detections in original pixels: fetch and decode ahead in threads, predict in batches.
+"""From files to detections in original pixels: fetched and decoded ahead, found in batches.
 
 The same code serves the evaluation of a model, the validation during training and each worker of a
 cluster run. One bad image is one error, never a failed run.
@@ -22,8 +22,9 @@ from retinaray.detector.postprocess import Detections
 from retinaray.errors import ImageError, StorageError
 from retinaray.inference.predictor import Predictor
 
-# Batches that are decoded while the network works on one.
+# Batches that are fetched and decoded while the network works on one.
 _BATCHES_AHEAD = 3
+_BOX_DIGITS, _SCORE_DIGITS = 2, 6
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def detect_images(
 
     Args:
         predictor: The model.
-        sources: Images, consumed as needed; may be endless.
+        sources: Images, consumed as needed: at most three batches (or one image per thread, if
+            that is more) beyond the batch in the network; may be endless.
         read: Gives the bytes at a URI; raises StorageError.
         batch: Images per network call.
         settings: Reading.
@@ -101,20 +103,26 @@ def detect_images(
         and do not change which other images share a batch.
     """
     remaining = iter(sources)
-    with ThreadPoolExecutor(settings.threads, thread_name_prefix="decode") as pool:
-        waiting: list[tuple[ImageSource, Future[_Loaded]]] = []
+    # Small batches must not leave threads without work.
+    window = max(batch * _BATCHES_AHEAD, settings.threads)
+    waiting: list[tuple[ImageSource, Future[_Loaded]]] = []
+    pool = ThreadPoolExecutor(settings.threads, thread_name_prefix="decode")
 
-        def refill() -> None:
-            for source in islice(remaining, batch * (1 + _BATCHES_AHEAD) - len(waiting)):
-                loading = pool.submit(load_canvas, source, predictor.canvas, read, settings)
-                waiting.append((source, loading))
+    def refill() -> None:
+        for source in islice(remaining, window - len(waiting)):
+            loading = pool.submit(load_canvas, source, predictor.canvas, read, settings)
+            waiting.append((source, loading))
 
+    try:
         refill()
         while waiting:
             current, waiting[:] = waiting[:batch], waiting[batch:]
             results = [_settle(source, loading) for source, loading in current]
             refill()
             yield from _predict_batch(predictor, results)
+    finally:
+        # After an error, or when the caller wants no more, nobody waits for what was queued.
+        pool.shutdown(cancel_futures=True)
 
 
 def load_canvas(
@@ -178,16 +186,23 @@ def _predict_batch(
 def _to_coco(
     detections: Detections, placement: Placement, categories: CategoryTable
 ) -> Iterator[dict[str, object]]:
-    """COCO results in original pixels; boxes that lie in the padding are left out."""
+    """COCO results in original pixels; boxes that lie in the padding are left out.
+
+    Corners are rounded to a hundredth of a pixel and scores to a millionth, below what any runtime
+    repeats; a box never leaves its image by rounding.
+    """
     boxes = placement.to_original(detections.boxes_xyxy.numpy()).astype(np.float64)
     ids = categories.ids
     for (x1, y1, x2, y2), score, label in zip(
-        boxes.tolist(), detections.scores.tolist(), detections.labels.tolist(), strict=True
+        boxes.round(_BOX_DIGITS).tolist(),
+        detections.scores.tolist(),
+        detections.labels.tolist(),
+        strict=True,
     ):
         if x2 > x1 and y2 > y1:
+            width, height = round(x2 - x1, _BOX_DIGITS), round(y2 - y1, _BOX_DIGITS)
             yield {
                 "category_id": ids[label],
-                # A hundredth of a pixel and a millionth of a score: below what any runtime repeats.
-                "bbox": [round(x1, 2), round(y1, 2), round(x2 - x1, 2), round(y2 - y1, 2)],
-                "score": round(score, 6),
+                "bbox": [x1, y1, width, height],
+                "score": round(score, _SCORE_DIGITS),
             }

@@ -54,12 +54,12 @@ class Predictor(Protocol):
     canvas: tuple[int, int]
 
     def predict(self, images: UInt8[Tensor, "N 3 H W"]) -> list[Detections]:
-        """Detections of each image in network pixels, on the CPU; N is at most the batch of the settings."""
+        """Detections of each image in network pixels, on the CPU; N at most the batch."""
         ...
 
 
 class Suppressor:
-    """The common tail of all runtimes: thresholds and NMS with the card's or the caller's values."""
+    """The common tail of all runtimes: thresholds and NMS by card or caller."""
 
     def __init__(self, card: ModelCard, settings: PredictorSettings) -> None:
         thresholds = card.score_thresholds
@@ -90,7 +90,7 @@ def choose_backend(kind: str, requested: str, *, has_gpu: bool) -> tuple[Backend
     """Which runtime runs a file.
 
     Args:
-        kind: `weights`, `onnx` or `plan`; see `artifact.model_kind`.
+        kind: `weights` or `onnx`; see `artifact.model_kind`.
         requested: A backend, or `auto`.
         has_gpu: Whether CUDA is available here.
 
@@ -104,7 +104,6 @@ def choose_backend(kind: str, requested: str, *, has_gpu: bool) -> tuple[Backend
     possible: dict[str, tuple[Backend, ...]] = {
         "weights": ("torch",),
         "onnx": ("openvino", "onnxruntime", "tensorrt"),
-        "plan": ("tensorrt",),
     }
     options = possible[kind]
     if requested != "auto" and requested not in options:
@@ -114,21 +113,21 @@ def choose_backend(kind: str, requested: str, *, has_gpu: bool) -> tuple[Backend
             else f"give --backend {options[0]}"
         )
         raise InferenceError(
-            f"backend {requested!r} cannot run a {kind} file (possible: {', '.join(options)}): {hint}"
+            f"backend {requested!r} cannot run a {kind} file (possible: {', '.join(options)}): "
+            f"{hint}"
         )
-    if "tensorrt" in (requested, *options[:1]) and not has_gpu:
+    if requested == "tensorrt" and not has_gpu:
         raise InferenceError(
             "backend 'tensorrt' needs an NVIDIA GPU with CUDA, and none is available here: "
             "run an .onnx file with --backend openvino instead"
         )
     if requested != "auto":
-        return options[options.index(requested)], "asked for"  # type: ignore[arg-type]
+        return options[options.index(requested)], "asked for"
     if kind == "onnx" and has_gpu:
         return "tensorrt", "an NVIDIA GPU is available"
     reasons = {
         "weights": "a .pth file is run by torch",
         "onnx": "no NVIDIA GPU here, so OpenVINO on the CPU",
-        "plan": "a plan is run by TensorRT",
     }
     return options[0], reasons[kind]
 
@@ -164,7 +163,8 @@ def check_canvas(asked: tuple[int, int] | None, actual: tuple[int, int], uri: st
     """
     if asked is not None and asked != actual:
         raise InferenceError(
-            f"{uri} was exported for {actual[0]}x{actual[1]} (height x width), asked for {asked[0]}x{asked[1]}: "
+            f"{uri} was exported for {actual[0]}x{actual[1]} (height x width), asked for "
+            f"{asked[0]}x{asked[1]}: "
             f"leave the size out, or export again with --size {asked[0]} {asked[1]}"
         )
 

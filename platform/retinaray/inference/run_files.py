@@ -1,4 +1,4 @@
-"""The files of a batch-inference run: parts and errors while it goes on, one merged result at the end.
+"""The files of a batch-inference run: parts and errors first, one merged result at the end.
 
 A part's file is its commitment: it is written whole or not at all, after the part's errors. Merging
 reads the parts in their order and streams, so the result does not depend on who wrote them, or
@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from retinaray.errors import StorageError
 from retinaray.inference.pipeline import ImageResult
 from retinaray.storage import MissingFileError, Storage, join_uri
 
@@ -117,7 +118,7 @@ class RunFiles:
         return numbers
 
     def remove_all(self) -> None:
-        """Delete every file of the run, the record first, so that a half-removed run is not taken for one."""
+        """Delete every file of the run, the record first: half a run is not to be taken for one."""
         self.storage.delete(self.record)
         for folder in ("manifest", "parts", "errors"):
             for uri in list(self.storage.list_files(join_uri(self.root, folder))):
@@ -168,12 +169,22 @@ class RunFiles:
         return found[:limit]
 
     def read_record(self) -> dict[str, Any] | None:
-        """The run's record, or none when there is no run here."""
+        """The run's record, or none when there is no run here.
+
+        Raises:
+            StorageError: If it cannot be read, or is not one of ours.
+        """
         try:
-            content = self.storage.read_bytes(self.record)
+            record = json.loads(self.storage.read_bytes(self.record))
         except MissingFileError:
             return None
-        record: dict[str, Any] = json.loads(content)
+        except ValueError as error:
+            raise StorageError(f"{self.record}: expected a run's record: {error}") from error
+        if not isinstance(record, dict):
+            raise StorageError(
+                f"{self.record}: expected a run's record, found {type(record).__name__}; "
+                "choose another output"
+            )
         return record
 
     def write_record(self, record: Mapping[str, Any]) -> None:

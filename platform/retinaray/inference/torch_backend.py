@@ -23,6 +23,7 @@ class TorchPredictor:
         card: What it is.
         settings: How to run it.
         autocast_dtype: Type of the convolutions; none = float32.
+        top_k: Candidates per image before suppression.
     """
 
     backend = "torch"
@@ -34,12 +35,14 @@ class TorchPredictor:
         card: ModelCard,
         settings: PredictorSettings,
         autocast_dtype: torch.dtype | None = None,
+        top_k: int = TOP_K,
     ) -> None:
         self.card = card
         self.canvas = settings.canvas or card.canvas
         self._model = model
         self._device = next(model.parameters()).device
         self._autocast_dtype = autocast_dtype
+        self._top_k = top_k
         self._suppress = Suppressor(card, settings)
 
     @torch.inference_mode()
@@ -58,7 +61,7 @@ class TorchPredictor:
             self._model.anchors_for(images),
             height=images.shape[-2],
             width=images.shape[-1],
-            top_k=TOP_K,
+            top_k=self._top_k,
         )
         return self._suppress(boxes, scores, labels)
 

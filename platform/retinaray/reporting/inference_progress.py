@@ -1,4 +1,4 @@
-"""What a person sees while a batch inference runs: a live bar on a terminal, plain lines elsewhere."""
+"""What a person sees of a running batch inference: a live bar, or lines off a terminal."""
 
 from __future__ import annotations
 

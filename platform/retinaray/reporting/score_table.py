@@ -8,7 +8,7 @@ _COLUMNS = ("AP", "AP50", "AP_small", "AP_medium", "AP_large", "AR_100")
 
 
 def render_scores(scores: CocoScores) -> str:
-    """The twelve numbers in two lines and one line per class; `absent` where there is no ground truth."""
+    """The twelve numbers in two lines, then a line per class; `absent` without ground truth."""
     summary = scores.summary
     lines = [
         "  ".join(f"{name} {_format(summary[name])}" for name in list(summary)[:6]),

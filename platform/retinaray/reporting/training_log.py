@@ -1,4 +1,4 @@
-"""A training's lasting record: metrics as JSON lines, TensorBoard events, and the curves as a picture."""
+"""A training's lasting record: metrics as JSON lines, TensorBoard events, a picture."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class TrainingLog:
         self.close()
 
     def write(self, event: Mapping[str, Any]) -> None:
-        """Keep one event: `kind` is `progress` or `validation`, `step` its place, numbers are its values."""
+        """Keep one event: `kind` is progress or validation, `step` its place, numbers values."""
         self._lines.write(json.dumps(event) + "\n")
         self._lines.flush()
         for name, value in event.items():

@@ -60,7 +60,8 @@ class TrainingView:
 def describe_progress(event: Mapping[str, Any]) -> str:
     """One progress report in one line."""
     text = (
-        f"epoch {event['epoch']:.1f}  class {event['class_loss']:.3f}  box {event['box_loss']:.3f}  "
+        f"epoch {event['epoch']:.1f}  class {event['class_loss']:.3f}  box "
+        f"{event['box_loss']:.3f}  "
         f"lr {event['learning_rate']:.1e}  {event['images_per_s']:.1f} img/s  "
         f"ETA {format_duration(event['eta_s'])}"
     )

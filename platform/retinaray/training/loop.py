@@ -1,4 +1,4 @@
-"""The loop over steps of one training process. Knows no Ray: what happens at a checkpoint is handed in."""
+"""The loop over steps of one process; what happens at a checkpoint is handed in."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ class LoopSettings:
 
 @dataclass(frozen=True)
 class Progress:
-    """What the loop reports now and then; losses and times are means since the last report.
+    """What the loop reports now and then.
+
+    Losses, norms and counts are means over the steps since the last report that had a finite
+    gradient, NaN if none had; times leave checkpoints out.
 
     Attributes:
         step: Steps taken.
@@ -88,7 +91,12 @@ def plan_checkpoints(
         num_images: Images in the training set.
         batch: Global batch.
         every_epochs: Distance in epochs.
+
+    Returns:
+        Rising steps from 1 on; where a step completes several such distances it occurs once.
     """
+    if every_epochs * num_images <= batch:
+        return tuple(range(1, total_steps + 1))
     steps = []
     epoch = every_epochs
     while (step := -(-epoch * num_images // batch)) < total_steps:
@@ -126,7 +134,7 @@ def run_loop(
     total_steps = settings.checkpoint_steps[-1]
     window = _Window(settings, world_size)
     anchors = None
-    last_norms: list[torch.Tensor] = []
+    recent: list[torch.Tensor] = []
     state.model.train()
     for batch in batches:
         window.note_arrival()
@@ -148,15 +156,15 @@ def run_loop(
             state.average.update(state.model, state.step)
         state.step += 1
         window.add(result)
-        last_norms = [*last_norms[1 - MAX_SKIPPED_IN_A_ROW :], result.is_finite]
+        recent = [*recent[1 - MAX_SKIPPED_IN_A_ROW :], result.is_finite]
         if state.step % settings.log_every == 0 or state.step == total_steps:
-            _refuse_divergence(last_norms, state.step, batch)
+            _refuse_divergence(recent, state.step, batch)
             on_progress(window.summarise(state.step, rate))
             window = _Window(settings, world_size)
         if state.step in settings.checkpoint_steps:
             should_stop = on_checkpoint(state.step == total_steps)
             state.model.train()
-            window = _Window(settings, world_size)
+            window.leave_out_pause()
             if should_stop:
                 return
 
@@ -187,11 +195,18 @@ class _Window:
         self._results.append(result)
         self._last = time.perf_counter()
 
+    def leave_out_pause(self) -> None:
+        """Take the time since the last step out of the account: a checkpoint is no training."""
+        now = time.perf_counter()
+        self._start += now - self._last
+        self._last = now
+
     def summarise(self, step: int, rate: float) -> Progress:
         settings, count = self._settings, len(self._results)
+        is_finite = torch.stack([result.is_finite for result in self._results])
         means = {
-            name: float(torch.stack([getattr(r, name) for r in self._results]).float().mean())
-            for name in ("class_loss", "box_loss", "num_foreground", "gradient_norm", "is_finite")
+            name: float(torch.stack([getattr(r, name) for r in self._results])[is_finite].mean())
+            for name in ("class_loss", "box_loss", "num_foreground", "gradient_norm")
         }
         elapsed_s = max(1e-9, time.perf_counter() - self._start)
         total_steps = settings.checkpoint_steps[-1]
@@ -204,7 +219,7 @@ class _Window:
             learning_rate=rate,
             gradient_norm=means["gradient_norm"],
             num_foreground=means["num_foreground"] / settings.batch,
-            num_skipped=round(count * (1 - means["is_finite"])),
+            num_skipped=count - int(is_finite.sum()),
             images_per_s=count * settings.batch / elapsed_s,
             wait_share=min(1.0, self._waited_s / elapsed_s),
             eta_s=(total_steps - step) * elapsed_s / count,

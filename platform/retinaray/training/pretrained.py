@@ -47,13 +47,16 @@ def read_backbone_weights(source: str, *, backbone: str) -> tuple[dict[str, Tens
     names = _list_names(backbone)
     if source not in names:
         raise CheckpointError(
-            f"backbone weights {source!r}: no such file, and torchvision's weights for {backbone} are "
-            f"{', '.join(names) or 'none'}; give a file, one of these names, or leave --backbone-weights out"
+            f"backbone weights {source!r}: no such file, and torchvision's weights for "
+            f"{backbone} are "
+            f"{', '.join(names) or 'none'}; give a file, one of these names, or leave "
+            "--backbone-weights out"
         )
     weights = torchvision.models.get_model_weights(_TORCHVISION_NAMES[backbone])[source]
     try:
         return dict(weights.get_state_dict(progress=False)), False
-    except OSError as error:
+    # torch reports a download whose hash is wrong as a RuntimeError.
+    except (OSError, RuntimeError) as error:
         raise CheckpointError(
             f"backbone weights {source}: download from {weights.url} failed: {error}; "
             "download the file by hand and give its path"

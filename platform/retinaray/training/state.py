@@ -1,4 +1,4 @@
-"""Everything that changes while a model is trained, as one file: k steps + save + load + rest = all.
+"""Everything that changes in a training, as one file: k steps + save + load + rest = all.
 
 The order of the images and their augmentation depend on seed and step alone (`data.batching`), so
 the step is their whole state.
@@ -7,7 +7,9 @@ the step is their whole state.
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -17,6 +19,7 @@ from retinaray.errors import CheckpointError
 from retinaray.training.step import WeightAverage
 
 STATE_FORMAT = "retinaray-training-1"
+_KEYS = ("model", "optimizer", "average", "step", "best_ap", "num_stale")
 
 
 @dataclass
@@ -40,7 +43,7 @@ class TrainingState:
     num_stale: int = 0
 
     def note_validation(self, ap: float | None) -> bool:
-        """Take in a validation's AP (none = no ground truth); returns whether it is the best so far."""
+        """Take in a validation's AP (none = no ground truth); returns whether it is the best."""
         is_best = ap is not None and (self.best_ap is None or ap > self.best_ap)
         self.num_stale = 0 if is_best else self.num_stale + 1
         if is_best:
@@ -80,17 +83,35 @@ class TrainingState:
                 f"{source}: expected a training state (format {STATE_FORMAT!r}), "
                 f"found format {values.get('format')!r}"
             )
+        missing = [key for key in _KEYS if key not in values]
+        if missing:
+            raise CheckpointError(f"{source}: is damaged: it lacks {', '.join(missing)}")
         if (values["average"] is None) != (self.average is None):
-            raise CheckpointError(f"{source}: was saved with another setting of optim.ema_decay")
+            raise CheckpointError(
+                f"{source}: was saved {'without' if self.average else 'with'} averaged weights, "
+                f"this training has optim.ema_decay {'above 0' if self.average else '0'}; "
+                "resume with the settings it was started with"
+            )
         try:
+            # Neither is noticed by the objects themselves.
+            if _group_settings(values["optimizer"]) != _group_settings(self.optimizer.state_dict()):
+                raise ValueError("the settings of its optimizer have other names")
+            if self.average and values["average"].keys() != self.average.values.keys():
+                raise ValueError("its averaged weights have other names")
             self.model.load_state_dict(values["model"])
             self.optimizer.load_state_dict(values["optimizer"])
-        except (RuntimeError, ValueError) as error:
+            if self.average:
+                self.average.load(values["average"].items())
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(
-                f"{source}: belongs to another network or optimizer: {error}"
+                f"{source}: belongs to another network or optimizer: {error}; "
+                "resume with the settings it was started with, or start over (--override)"
             ) from error
-        if self.average:
-            self.average.load(values["average"].items())
         self.step = int(values["step"])
         self.best_ap = values["best_ap"]
         self.num_stale = int(values["num_stale"])
+
+
+def _group_settings(optimizer_state: Mapping[str, Any]) -> list[set[str]]:
+    """Names of the settings of each group: AdamW's `betas` or SGD's `momentum`, for one."""
+    return [set(group) for group in optimizer_state["param_groups"]]

@@ -146,7 +146,7 @@ def take_step(
     class_loss, box_loss = sums.class_sum / normaliser, sums.box_sum / normaliser
     loss = (class_loss + settings.box_weight * box_loss) * world_size
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    torch.autograd.backward(loss)
     norm = _clip_gradients(optimizer, clip_norm)
     is_finite = torch.isfinite(norm)
     _discard_unless(is_finite, optimizer)

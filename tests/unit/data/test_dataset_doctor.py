@@ -227,7 +227,7 @@ FAULTS = [
     ("size_unclear", save("1.jpg", 25, 61), 1, "error", False, set()),
     ("exif_orientation", save("1.jpg", 60, 80, 6), 1, "warning", False, set()),
 ]  # fmt: skip
-CASES = [pytest.param(*case, id=f"{index}-{case[0]}") for index, case in enumerate(FAULTS)]
+CASES = [pytest.param(case, id=f"{index}-{case[0]}") for index, case in enumerate(FAULTS)]
 
 
 def more_boxes(document: Document, _: Path) -> None:
@@ -260,16 +260,11 @@ def test_examine_dataset_finds_nothing_in_a_clean_set(sample: Sample) -> None:
     assert report.to_text() == "4 images, 8 annotations, 2 categories\nno faults"
 
 
-@pytest.mark.parametrize(("code", "edit", "count", "severity", "fixable", "others"), CASES)
+@pytest.mark.parametrize("case", CASES)
 def test_examine_dataset_finds_each_fault(
-    sample: Sample,
-    code: str,
-    edit: Edit,
-    count: int,
-    severity: str,
-    fixable: bool,
-    others: set[str],
+    sample: Sample, case: tuple[str, Edit, int, str, bool, set[str]]
 ) -> None:
+    code, edit, count, severity, fixable, others = case
     report = prepared(sample, code, edit).examine()
     faults = by_code(report)
     assert set(faults) == {code} | others
@@ -282,16 +277,11 @@ def test_examine_dataset_finds_each_fault(
     })  # fmt: skip
 
 
-@pytest.mark.parametrize(("code", "edit", "count", "severity", "fixable", "others"), CASES)
+@pytest.mark.parametrize("case", CASES)
 def test_repair_dataset_leaves_nothing_fixable(
-    sample: Sample,
-    code: str,
-    edit: Edit,
-    count: int,
-    severity: str,
-    fixable: bool,
-    others: set[str],
+    sample: Sample, case: tuple[str, Edit, int, str, bool, set[str]]
 ) -> None:
+    code, edit, count, _, fixable, _ = case
     before = prepared(sample, code, edit).path.read_bytes()
     report = sample.repair()
     again = sample.examine(sample.output)
@@ -366,6 +356,12 @@ def test_examine_dataset_calls_nothing_fixable_when_the_folder_is_wrong(sample: 
     repaired = sample.repair()
     assert repaired.num_images == 4
     assert repaired.repairs == {}
+
+
+def test_examine_dataset_shows_no_control_characters_of_names(sample: Sample) -> None:
+    sample.write(put("images", 0, file_name="\x1b[2J.jpg"))
+    (fault,) = sample.examine().faults
+    assert fault.examples == (r"image 1 (\u001b[2J.jpg)",)
 
 
 def test_examine_dataset_refuses_a_file_it_cannot_parse(sample: Sample) -> None:

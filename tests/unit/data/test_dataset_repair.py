@@ -138,12 +138,15 @@ def test_repair_dataset_writes_ids_in_the_type_of_their_table(tmp_path: Path) ->
 
 def test_repair_dataset_drops_an_image_with_its_boxes_when_the_file_is_gone(tmp_path: Path) -> None:
     Image.new("RGB", (80, 60)).save(tmp_path / "1.png")
-    document = dataset(annotation(1, 1, [1, 1, 9, 9]), annotation(2, 2, [1, 1, 9, 9]))
-    result = repaired(tmp_path, document, tmp_path)
-    assert [image["id"] for image in result["images"]] == [1]
-    assert [entry["id"] for entry in result["annotations"]] == [1]
-    report = examine_dataset(tmp_path / "out.json", tmp_path)
+    document = dataset(*(annotation(n, 2 - (n == 7), [n, 1, 9, 9]) for n in range(1, 21)))
+    (tmp_path / "in.json").write_text(json.dumps(document))
+    report = repair_dataset(tmp_path / "in.json", tmp_path, tmp_path / "out.json")
+    assert report.repairs == {"annotation_of_dropped_image": 19, "missing_file": 1}
     assert report.faults == ()
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result == {**document, "images": document["images"][:1], "annotations": [
+        document["annotations"][6]
+    ]}  # fmt: skip
 
 
 def test_repair_dataset_judges_boxes_by_the_corrected_size(tmp_path: Path) -> None:
@@ -164,9 +167,35 @@ def test_repair_dataset_leaves_boxes_alone_when_the_size_is_in_dispute(tmp_path:
 
 
 @pytest.mark.parametrize(
+    ("num_faulty", "is_repaired"), [(10, True), (11, False)], ids=["half", "more than half"]
+)
+@pytest.mark.parametrize(
+    ("code", "values"),
+    [
+        ("unknown_image", {"image_id": 99}),
+        ("outside_box", {"bbox": [90, 70, 9, 9]}),
+        ("partly_outside_box", {"bbox": [75, 55, 9, 9]}),
+    ],
+)
+def test_repair_dataset_drops_and_cuts_nothing_that_most_annotations_share(
+    tmp_path: Path, code: str, values: dict[str, Any], num_faulty: int, is_repaired: bool
+) -> None:
+    document = dataset(*(annotation(n, 1 + n % 2, [n, 1, 9, 9]) for n in range(1, 21)))
+    for n, entry in enumerate(document["annotations"][:num_faulty]):
+        entry.update(values)
+        entry["bbox"] = [entry["bbox"][0], entry["bbox"][1], 9 + n, 9]
+        entry["area"] = (9 + n) * 9
+    result = repaired(tmp_path, document)
+    assert (result != document) is is_repaired
+    (fault,) = examine_dataset(tmp_path / "in.json", None).faults
+    assert (fault.code, fault.count, fault.fixable) == (code, num_faulty, is_repaired)
+    assert ("too many for --fix" in fault.advice) is not is_repaired
+
+
+@pytest.mark.parametrize(
     "make_link",
     [
-        pytest.param(lambda source, target: None, id="the same name"),
+        pytest.param(lambda _source, _target: None, id="the same name"),
         pytest.param(lambda source, target: target.symlink_to(source), id="symbolic link"),
         pytest.param(lambda source, target: os.link(source, target), id="hard link"),
     ],
@@ -201,6 +230,13 @@ def test_repair_dataset_leaves_the_old_output_when_writing_fails(
     repair_dataset(tmp_path / "in.json", None, tmp_path / "out.json")
     assert json.loads((tmp_path / "out.json").read_text())["annotations"][0]["id"] == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.json", "out.json"]
+
+
+def test_repair_dataset_names_the_input_when_it_is_absent(tmp_path: Path) -> None:
+    (tmp_path / "out.json").write_text("old")
+    with pytest.raises(DatasetError, match=r"in\.json: cannot read the annotation file"):
+        repair_dataset(tmp_path / "in.json", None, tmp_path / "out.json")
+    assert (tmp_path / "out.json").read_text() == "old"
 
 
 def test_repair_dataset_names_the_output_when_its_folder_is_absent(tmp_path: Path) -> None:

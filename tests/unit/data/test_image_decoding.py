@@ -476,6 +476,25 @@ def test_decode_image_refuses_before_decoding_when_header_is_too_large(
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - kilobytes_before < 50_000
 
 
+def test_decode_image_refuses_before_decoding_when_png_has_two_sizes(
+    odd_encode: Encode, bombs: dict[str, bytes]
+) -> None:
+    small = odd_encode(paint(("ABC", "DEF")), "PNG")
+    data = small[:33] + bombs["PNG"][8:]  # a second header chunk; Pillow believes the last
+    with pytest.raises(ImageError, match=r"two sizes, 48x32 and \(30000, 30000\)"):
+        decode_image(data)
+
+
+def test_decode_image_leaves_jpeg_to_pillow_when_simplejpeg_reads_another_size(
+    odd_encode: Encode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = odd_encode(paint(("ABC", "DEF")), "JPEG")
+    expected = decode_image(data).pixels
+    monkeypatch.setattr("simplejpeg.decode_jpeg_header", lambda _: (65500, 65500, "YCbCr", "420"))
+    monkeypatch.setattr("simplejpeg.decode_jpeg", lambda *_, **__: pytest.fail("would allocate"))
+    np.testing.assert_array_equal(decode_image(data).pixels, expected)
+
+
 @pytest.mark.parametrize("file_format", ["PNG", "GIF", "WEBP", "JPEG", "TIFF", "BMP"])
 def test_decode_image_obeys_max_pixels_instead_of_pillows_limit(
     odd_encode: Encode, monkeypatch: pytest.MonkeyPatch, file_format: str
@@ -608,6 +627,19 @@ def test_decode_image_scales_jpeg_when_twice_the_fitted_size_remains(
     decoded = decode_image(data, fit_height=fit_height, fit_width=fit_width)
     assert decoded.pixels.shape == (*expected, 3)
     assert (decoded.full_height, decoded.full_width) == (600, 800)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(("fit_width", "divisor"), [(190, 2), (95, 4), (48, 8)])
+def test_decode_image_equals_pillows_draft_when_scaled(
+    odd_encode: Encode, odd_photo: np.ndarray, mode: str, fit_width: int, divisor: int
+) -> None:
+    data = odd_encode(Image.fromarray(odd_photo[:599, :797]).convert(mode), "JPEG")
+    oracle = Image.open(io.BytesIO(data))
+    oracle.draft(None, (797 // divisor, 599 // divisor))
+    scaled = decode_image(data, fit_width=fit_width).pixels
+    np.testing.assert_array_equal(scaled, np.asarray(oracle.convert("RGB")))
+    assert scaled.shape[:2] == (-(-599 // divisor), -(-797 // divisor))
 
 
 def test_decode_image_swaps_fit_axes_when_orientation_is_sideways(

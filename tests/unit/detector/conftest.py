@@ -1,12 +1,22 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from retinaray.detector.anchors import AnchorSpec, make_anchors
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    """Inputs here are so small that threads cost more time than they bring, on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +41,24 @@ def pad_boxes() -> Callable[..., tuple[Tensor, Tensor]]:
         return padded, is_valid
 
     return pad
+
+
+@pytest.fixture(scope="session")
+def randomise() -> Callable[[nn.Module], None]:
+    """Sets weights at which all layers answer: at the initial ones many outputs are almost zero."""
+
+    @torch.no_grad()
+    def set_weights(network: nn.Module) -> None:
+        torch.manual_seed(0)
+        for parameter in network.parameters():
+            if parameter.ndim == 4:
+                nn.init.normal_(parameter, std=math.sqrt(2 / parameter[0].numel()))
+            else:
+                nn.init.uniform_(parameter, -0.2, 0.2)
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.weight, 0.3, 0.7)
+                module.running_mean.uniform_(-0.1, 0.1)
+                module.running_var.uniform_(0.5, 1.5)
+
+    return set_weights

@@ -1,4 +1,4 @@
-"""Anchors against hand-computed corners, ODTK's two published formulas and the real feature maps."""
+"""Anchors against hand-computed corners and ODTK's two published formulas."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -93,15 +94,22 @@ def test_backbone_has_torchvision_parameters_without_the_classifier(
     assert {key: value.shape for key, value in ours.items()} == kept
 
 
-def test_backbone_equals_torchvision_when_network_is_mobilenet() -> None:
-    torch.manual_seed(0)
+def test_backbone_equals_torchvision_when_network_is_mobilenet(
+    randomise: Callable[[nn.Module], None],
+) -> None:
     theirs = torchvision.models.mobilenet_v3_large()
+    randomise(theirs)
     backbone = Backbone("MobileNetV3LargeFPN")
     load_backbone_state(backbone, theirs.state_dict())
     images = random_images(1, 3, 70, 45)
     with torch.no_grad():
-        c5 = backbone.eval()(images)[-1]
-        torch.testing.assert_close(c5, theirs.features.eval()(images), rtol=1e-5, atol=1e-5)
+        features = backbone.eval()(images)
+        value = images
+        maps = [value := block(value) for block in theirs.features.eval()]
+    assert maps[-1].std() > 0.05
+    # The last map of each size: after blocks 3, 6, 12 and the final convolution, the 17th.
+    for feature, expected in zip(features, (maps[3], maps[6], maps[12], maps[16]), strict=True):
+        torch.testing.assert_close(feature, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_backbone_has_no_trainable_norm_when_frozen() -> None:

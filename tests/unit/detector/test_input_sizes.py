@@ -1,4 +1,4 @@
-"""Any height and width gives right boxes: the grid is the network's own, and boxes come back in place.
+"""Any height and width gives right boxes: the grid is the network's own, boxes come back in place.
 
 The sizes are those at which the predecessor derived a wrong stride from a ratio of sizes and moved
 large boxes up and left.

@@ -227,8 +227,27 @@ def test_match_anchors_gives_no_anchor_to_an_unusable_box(
     matches = match_one(anchors_128x160, boxes)
     alone = match_one(anchors_128x160, good)
     assert matches.equal(torch.where(alone >= 0, alone + 1, alone))
-    crowd = match_one(anchors_128x160, boxes, is_crowd=[True, False, False])
-    assert not (crowd == 0).any()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        [50, 50, 50, 80],
+        [80, 80, 50, 50],
+        [NAN, 50, 80, 80],
+        [50, 50, INF, 80],
+        [-INF, -INF, INF, INF],
+        [5000, 20, 5060, 80],
+    ],
+    ids=str,
+)
+def test_match_anchors_ignores_nothing_for_an_unusable_crowd(
+    anchors_128x160: Tensor, bad: list[float]
+) -> None:
+    good = random_boxes(2, 3)
+    boxes = torch.cat((good, torch.tensor([bad], dtype=torch.float32)))
+    matches = match_one(anchors_128x160, boxes, is_crowd=[False, False, True])
+    assert matches.equal(match_one(anchors_128x160, good))
 
 
 @pytest.mark.parametrize(("width", "height"), [(10, 10), (16, 16), (20, 20), (128, 16)])

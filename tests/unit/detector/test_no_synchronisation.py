@@ -22,27 +22,27 @@ WAITING_BUILTINS = {"bool", "float", "int"}
 
 
 def find_waits(source: str) -> list[str]:
-    """Lines that would make the host wait for the device: read-outs, and indexing by a tensor."""
+    """What would make the host wait for the device: read-outs, and indexing by a tensor."""
     found = []
     for function in ast.walk(ast.parse(source)):
         if isinstance(function, ast.FunctionDef):
+            nodes = [node for line in function.body for node in ast.walk(line)]
             slices = {
                 target.id
-                for node in ast.walk(function)
+                for node in nodes
                 if isinstance(node, ast.Assign) and _is_call_of(node.value, {"slice"})
                 for target in node.targets
                 if isinstance(target, ast.Name)
             }
-            for node in (inner for line in function.body for inner in ast.walk(line)):
-                if isinstance(node, ast.Attribute) and node.attr in WAITING_CALLS:
-                    found.append(ast.unparse(node))
-                elif _is_call_of(node, WAITING_BUILTINS):
-                    found.append(ast.unparse(node))
-                elif isinstance(node, ast.Subscript) and not all(
-                    _is_static_index(part, slices) for part in _index_parts(node)
-                ):
-                    found.append(ast.unparse(node))
+            found += [ast.unparse(node) for node in nodes if _is_wait(node, slices)]
     return found
+
+
+def _is_wait(node: ast.AST, slices: set[str]) -> bool:
+    if isinstance(node, ast.Subscript):
+        return not all(_is_static_index(part, slices) for part in _index_parts(node))
+    is_read_out = isinstance(node, ast.Attribute) and node.attr in WAITING_CALLS
+    return is_read_out or _is_call_of(node, WAITING_BUILTINS)
 
 
 def _is_call_of(node: ast.AST, names: set[str]) -> bool:

@@ -1,8 +1,9 @@
-"""The whole network against torchvision's RetinaNet with the same weights, and its initial state."""
+"""The whole network against torchvision's with the same weights, and its initial state."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -44,23 +45,10 @@ def translate_key(key: str) -> str:
     return KEY_STARTS[start] + key.removeprefix(start)
 
 
-def randomise(network: nn.Module) -> None:
-    """Weights at which every level and both heads answer: the initial heads give almost zeros."""
-    for parameter in network.parameters():
-        fan_in = parameter[0].numel() if parameter.ndim == 4 else 1
-        if parameter.ndim == 4:
-            nn.init.normal_(parameter, std=math.sqrt(2 / fan_in))
-        else:
-            nn.init.uniform_(parameter, -0.2, 0.2)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.3, 0.7)
-            module.running_mean.uniform_(-0.1, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
-
-
 @pytest.fixture(scope="module", params=["ResNet18FPN", "ResNet50FPN"])
-def same_networks(request: pytest.FixtureRequest) -> tuple[RetinaNet, TorchvisionRetinaNet]:
+def same_networks(
+    request: pytest.FixtureRequest, randomise: Callable[[nn.Module], None]
+) -> tuple[RetinaNet, TorchvisionRetinaNet]:
     """Ours and torchvision's, with the same random weights."""
     ours = RetinaNet(backbone=request.param, num_classes=NUM_CLASSES)
     with torch.device("meta"):  # leaves out the initial weights
@@ -74,9 +62,7 @@ def same_networks(request: pytest.FixtureRequest) -> tuple[RetinaNet, Torchvisio
     generator = AnchorGenerator(((32, 40, 50),) * 5, ((0.5, 1.0, 2.0),) * 5)
     theirs = TorchvisionRetinaNet(extractor, NUM_CLASSES, anchor_generator=generator)
     theirs.backbone.to_empty(device="cpu")
-    torch.manual_seed(0)
-    with torch.no_grad():
-        randomise(theirs)
+    randomise(theirs)
     state = theirs.state_dict()
     wanted = {key: state[translate_key(key)] for key in ours.state_dict()}
     assert len(wanted) == len(state), "a tensor of torchvision's has no counterpart"
@@ -84,13 +70,13 @@ def same_networks(request: pytest.FixtureRequest) -> tuple[RetinaNet, Torchvisio
     return ours.eval(), theirs.eval()
 
 
-@pytest.mark.parametrize(("height", "width"), [(64, 96), (75, 141), (33, 40)])
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (75, 45)])
 def test_forward_equals_torchvision_when_weights_are_the_same(
     same_networks: tuple[RetinaNet, TorchvisionRetinaNet], height: int, width: int
 ) -> None:
     ours, theirs = same_networks
     images = torch.randint(
-        0, 256, (2, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+        0, 256, (1, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
     )
     with torch.no_grad():
         logits, deltas = ours(images)

@@ -1,0 +1,56 @@
+# Every target sets up what it needs: `make demo` and `make test` work on a machine with python3.11
+# (or 3.12) and make alone.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help install demo test check unit format benchmark clean
+
+help:
+	@echo "make demo [DATA=folder]  train, export, infer over S3 and evaluate, with embedded data"
+	@echo "make test                every test that needs no GPU, after make check"
+	@echo "make check               formatting, lint, types, unit and architecture tests"
+	@echo "make install             create $(VENV) from requirements.lock"
+	@echo "make format              format the code"
+	@echo "make benchmark           run tests/benchmarks and print the tables"
+	@echo "make clean               remove $(VENV) and everything that commands have made here"
+
+install: $(STAMP)
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' || \
+		{ echo "python 3.11 or 3.12 is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1); set PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $(STAMP)
+
+demo: install
+	$(BIN)/retinaray demo $(if $(DATA),--data "$(DATA)") $(ARGS)
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/unit tests/architecture
+
+test: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests -m "not gpu"
+
+unit: install
+	$(BIN)/python -m pytest -q tests/unit
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+benchmark: install
+	$(BIN)/python tests/benchmarks/run.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist demo_run .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,29 @@
+"""Whether a job may go on with the run that lies in its folder: what differs, in words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+
+def compare_settings(
+    old: Mapping[str, Any], new: Mapping[str, Any], *, free: Collection[str], path: str = ""
+) -> list[str]:
+    """Settings that differ, as `path: old -> new`, sorted by path.
+
+    Args:
+        old: Settings of the run that is there, as plain values.
+        new: Those of the job.
+        free: Dotted paths that may differ, because they do not change what is computed.
+        path: Dotted path of both, with its dot at the end; empty at the root.
+    """
+    differences: list[str] = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            differences += compare_settings(before, after, free=free, path=f"{path}{key}.")
+        # As JSON, because a tuple comes back from a file as a list.
+        elif json.dumps(before) != json.dumps(after) and path + key not in free:
+            differences.append(f"{path}{key}: {before} -> {after}")
+    return differences

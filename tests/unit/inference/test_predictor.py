@@ -1,0 +1,117 @@
+"""Which runtime runs a file, what it refuses, and the common tail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from retinaray.artifact import ModelCard
+from retinaray.errors import CheckpointError, InferenceError
+from retinaray.inference.predictor import (
+    PredictorSettings,
+    Suppressor,
+    check_canvas,
+    choose_backend,
+    load_predictor,
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "requested", "has_gpu", "backend", "reason"),
+    [
+        ("weights", "auto", False, "torch", "a .pth file is run by torch"),
+        ("weights", "auto", True, "torch", "a .pth file is run by torch"),
+        ("weights", "torch", True, "torch", "asked for"),
+        ("onnx", "auto", False, "openvino", "no NVIDIA GPU here, so OpenVINO on the CPU"),
+        ("onnx", "auto", True, "tensorrt", "an NVIDIA GPU is available"),
+        ("onnx", "openvino", True, "openvino", "asked for"),
+        ("onnx", "onnxruntime", False, "onnxruntime", "asked for"),
+        ("onnx", "tensorrt", True, "tensorrt", "asked for"),
+    ],
+)
+def test_choose_backend_goes_by_file_and_hardware_and_says_why(
+    kind: str, requested: str, has_gpu: bool, backend: str, reason: str
+) -> None:
+    assert choose_backend(kind, requested, has_gpu=has_gpu) == (backend, reason)
+
+
+@pytest.mark.parametrize(
+    ("kind", "requested", "has_gpu", "text"),
+    [
+        ("onnx", "tensorrt", False, "'tensorrt' needs an NVIDIA GPU .*--backend openvino"),
+        (
+            "weights",
+            "openvino",
+            False,
+            r"'openvino' cannot run a weights file \(possible: torch\): export it first with "
+            "`retinaray export",
+        ),
+        ("weights", "tensorrt", True, "'tensorrt' cannot run a weights file .*export it first"),
+        ("onnx", "torch", False, "'torch' cannot run a onnx file .*give --backend openvino"),
+        ("onnx", "tflite", True, "'tflite' cannot run .*openvino, onnxruntime, tensorrt"),
+    ],
+)
+def test_choose_backend_refuses_and_says_what_to_do(
+    kind: str, requested: str, has_gpu: bool, text: str
+) -> None:
+    with pytest.raises(InferenceError, match=text):
+        choose_backend(kind, requested, has_gpu=has_gpu)
+
+
+def test_check_canvas_refuses_another_size_than_the_files() -> None:
+    check_canvas(None, (64, 96), "m.onnx")
+    check_canvas((64, 96), (64, 96), "m.onnx")
+    with pytest.raises(
+        InferenceError, match=r"m.onnx was exported for 64x96 .* asked for 96x64: .*--size 96 64"
+    ):
+        check_canvas((96, 64), (64, 96), "m.onnx")
+
+
+def test_load_predictor_refuses_a_file_of_another_kind() -> None:
+    with pytest.raises(CheckpointError, match=r"model.trt: expected a model file"):
+        load_predictor(b"", uri="model.trt", backend="auto", settings=PredictorSettings())
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_load_predictor_refuses_another_canvas_than_the_exported(
+    tiny_onnx: bytes, backend: str
+) -> None:
+    settings = PredictorSettings(canvas=(96, 64))
+    with pytest.raises(InferenceError, match="m.onnx was exported for 64x96"):
+        load_predictor(tiny_onnx, uri="m.onnx", backend=backend, settings=settings)
+
+
+@pytest.fixture
+def candidates() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One image: two overlapping boxes of class 0 (IoU 2/3), one elsewhere, one of class 1."""
+    boxes = [[0.0, 0, 10, 10], [2, 0, 12, 10], [40, 40, 50, 50], [0, 0, 10, 10]]
+    return (
+        torch.tensor([boxes]),
+        torch.tensor([[0.9, 0.8, 0.4, 0.35]]),
+        torch.tensor([[0, 0, 0, 1]], dtype=torch.int32),
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "scores"),
+    [
+        # The card's thresholds are 0.3 for class 0 and 0.5 for class 1, its NMS IoU is 0.5.
+        (PredictorSettings(), [0.9, 0.4]),
+        (PredictorSettings(score_threshold=0.0), [0.9, 0.4, 0.35]),
+        (PredictorSettings(score_threshold=0.5), [0.9]),
+        (PredictorSettings(nms_iou=0.7), [0.9, 0.8, 0.4]),
+        (PredictorSettings(nms_iou=0.7, max_detections=2), [0.9, 0.8]),
+    ],
+)
+def test_suppressor_takes_the_cards_values_unless_the_caller_has_others(
+    make_tiny_card: Callable[..., ModelCard],
+    candidates: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    settings: PredictorSettings,
+    scores: list[float],
+) -> None:
+    card = replace(make_tiny_card(num_classes=2), score_thresholds=(0.3, 0.5))
+    (found,) = Suppressor(card, settings)(*candidates)
+    assert found.scores.tolist() == pytest.approx(scores)

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from retinaray.data.augmentation import AugmentSettings
+from retinaray.data.batching import Batch, StreamSampler, TrainingDataset, collate_samples
+from retinaray.data.coco import load_coco
+from retinaray.training.loop import LoopSettings
+from retinaray.training.schedule import Schedule
+from retinaray.training.step import LossSettings
+
+
+@pytest.fixture(scope="session")
+def make_batch() -> Callable[..., Batch]:
+    """Batches of noise: make_batch([boxes of image 0, ...]); class indices count up from 0 mod 3."""
+
+    def make(boxes: Sequence[Tensor], *, height: int = 64, width: int = 96) -> Batch:
+        most = max(1, max(len(rows) for rows in boxes))
+        padded = torch.zeros(len(boxes), most, 4)
+        is_valid = torch.zeros(len(boxes), most, dtype=torch.bool)
+        for row, rows in enumerate(boxes):
+            padded[row, : len(rows)] = rows
+            is_valid[row, : len(rows)] = True
+        generator = torch.Generator().manual_seed(len(boxes))
+        shape = (len(boxes), 3, height, width)
+        return Batch(
+            images=torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator),
+            boxes_xyxy=padded,
+            class_indices=torch.arange(most).remainder(3).expand(len(boxes), -1).contiguous(),
+            is_valid=is_valid,
+            is_crowd=torch.zeros_like(is_valid),
+            image_ids=tuple(f"image-{row}" for row in range(len(boxes))),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_batches(image_set: Any) -> Callable[..., list[Batch]]:
+    """Batches of `image_set` as a training reads them: make_batches(first_step, last_step)."""
+    dataset = TrainingDataset(
+        dataset=load_coco(image_set.annotations),
+        images_root=str(image_set.folder),
+        read=image_set.read,
+        canvas=(64, 96),
+        augment=AugmentSettings(
+            flip=0.5, scale_range=(0.8, 1.25), crop=0.3, brightness=0.2, hue=0.02, mosaic=0.2
+        ),
+        seed=3,
+        max_pixels=10**6,
+        allow_truncated=False,
+    )
+
+    def make(first_step: int, last_step: int, *, batch: int = 4) -> list[Batch]:
+        sampler = StreamSampler(
+            num_images=len(dataset),
+            batch=batch,
+            seed=3,
+            first_step=first_step,
+            last_step=last_step,
+        )
+        return [collate_samples([dataset[index] for index in indices]) for indices in sampler]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_loop_settings() -> Callable[..., LoopSettings]:
+    """Loop settings with the few values that a test cares for."""
+
+    def make(
+        *,
+        checkpoint_steps: tuple[int, ...],
+        log_every: int = 2,
+        peak_lr: float = 1e-3,
+        warmup_steps: int = 2,
+        batch: int = 4,
+        num_images: int = 6,
+        clip_norm: float = 10.0,
+    ) -> LoopSettings:
+        return LoopSettings(
+            batch=batch,
+            num_images=num_images,
+            checkpoint_steps=checkpoint_steps,
+            log_every=log_every,
+            loss=LossSettings(),
+            schedule=Schedule(
+                peak_lr=peak_lr, total_steps=checkpoint_steps[-1], warmup_steps=warmup_steps
+            ),
+            clip_norm=clip_norm,
+            autocast_dtype=None,
+        )
+
+    return make

@@ -1,0 +1,235 @@
+"""The loop: when checkpoints fall due, what it reports, when it gives up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from retinaray.artifact import ModelCard
+from retinaray.data.batching import Batch
+from retinaray.errors import RetinarayError
+from retinaray.training import loop
+from retinaray.training.loop import LoopSettings, Progress, plan_checkpoints, run_loop
+from retinaray.training.state import TrainingState
+from retinaray.training.step import LossSettings, StepResult, make_optimizer
+
+BOX = torch.tensor([[10.0, 10.0, 34.0, 34.0]])
+
+
+@pytest.fixture
+def state(make_tiny_card: Callable[..., ModelCard], one_thread: None) -> TrainingState:
+    torch.manual_seed(0)
+    model = make_tiny_card(head_depth=0).build_model()
+    optimizer = make_optimizer(model, kind="adamw", learning_rate=1e-3, weight_decay=0.05)
+    return TrainingState(model=model, optimizer=optimizer, average=None)
+
+
+@pytest.fixture
+def scripted_steps(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], None]:
+    """Replaces the step by results with these class losses; one that is NaN was skipped."""
+
+    def script(losses: list[float]) -> None:
+        remaining = iter(losses)
+
+        def take(*_: Any, **__: Any) -> StepResult:
+            loss = torch.tensor(next(remaining))
+            return StepResult(
+                class_loss=loss,
+                box_loss=2 * loss,
+                num_foreground=torch.tensor(8.0),
+                gradient_norm=3 * loss,
+                is_finite=torch.isfinite(loss),
+            )
+
+        monkeypatch.setattr(loop, "take_step", take)
+
+    return script
+
+
+def run(
+    state: TrainingState,
+    batches: list[Batch],
+    settings: LoopSettings,
+    *,
+    world_size: int = 1,
+    on_checkpoint: Callable[[bool], bool] = lambda _: False,
+) -> list[Progress]:
+    reports: list[Progress] = []
+    run_loop(
+        state,
+        state.model,
+        batches,
+        settings,
+        world_size=world_size,
+        on_progress=reports.append,
+        on_checkpoint=on_checkpoint,
+    )
+    return reports
+
+
+@pytest.mark.parametrize(
+    ("total", "images", "batch", "every", "steps"),
+    [
+        # 10 images by 4: epochs end after 2.5, 5, 7.5 and 10 steps.
+        (10, 10, 4, 1, (3, 5, 8, 10)),
+        (9, 10, 4, 1, (3, 5, 8, 9)),
+        (8, 10, 4, 1, (3, 5, 8)),
+        (10, 10, 4, 2, (5, 10)),
+        (10, 10, 4, 3, (8, 10)),
+        (10, 10, 4, 9, (10,)),
+        (7, 7, 1, 1, (7,)),
+        # Two images in batches of 8: each step completes four epochs.
+        (3, 2, 8, 1, (1, 2, 3)),
+        (3, 2, 8, 4, (1, 2, 3)),
+        (5, 2, 8, 6, (2, 3, 5)),  # 12 images: after 1.5, 3 and 4.5 steps
+        (1, 10, 4, 1, (1,)),
+    ],
+)
+def test_plan_checkpoints_ends_whole_epochs_and_the_training(
+    total: int, images: int, batch: int, every: int, steps: tuple[int, ...]
+) -> None:
+    planned = plan_checkpoints(
+        total_steps=total, num_images=images, batch=batch, every_epochs=every
+    )
+    assert planned == steps
+
+
+def test_plan_checkpoints_is_quick_when_a_batch_holds_a_million_epochs() -> None:
+    planned = plan_checkpoints(total_steps=1000, num_images=1, batch=10**6, every_epochs=1)
+    assert planned == tuple(range(1, 1001))
+
+
+def test_run_loop_reports_means_over_the_steps_since_the_last_report(
+    state: TrainingState,
+    make_batch: Callable[..., Batch],
+    make_loop_settings: Callable[..., LoopSettings],
+    scripted_steps: Callable[[list[float]], None],
+) -> None:
+    scripted_steps([1.0, 3.0, 5.0, 8.0, 9.0])
+    settings = make_loop_settings(checkpoint_steps=(5,), log_every=2, batch=4, num_images=8)
+    reports = run(state, [make_batch([BOX])] * 5, settings, world_size=2)
+    assert [report.step for report in reports] == [2, 4, 5]
+    # One worker's share times two workers.
+    assert [report.class_loss for report in reports] == [4.0, 13.0, 18.0]
+    assert [report.box_loss for report in reports] == [8.0, 26.0, 36.0]
+    assert [report.gradient_norm for report in reports] == [6.0, 19.5, 27.0]
+    assert [report.epoch for report in reports] == [1.0, 2.0, 2.5]
+    assert [report.num_foreground for report in reports] == [2.0, 2.0, 2.0]
+    assert [report.total_steps for report in reports] == [5, 5, 5]
+    assert reports[-1].eta_s == 0
+    assert all(0 <= report.wait_share <= 1 and report.images_per_s > 0 for report in reports)
+    expected = [settings.schedule.rate_at(step) for step in (1, 3, 4)]
+    assert [report.learning_rate for report in reports] == expected
+
+
+def test_run_loop_leaves_skipped_steps_out_of_the_means_and_counts_them(
+    state: TrainingState,
+    make_batch: Callable[..., Batch],
+    make_loop_settings: Callable[..., LoopSettings],
+    scripted_steps: Callable[[list[float]], None],
+) -> None:
+    scripted_steps([1.0, float("nan"), 3.0, float("inf")])
+    settings = make_loop_settings(checkpoint_steps=(4,), log_every=4)
+    (report,) = run(state, [make_batch([BOX])] * 4, settings)
+    assert report.num_skipped == 2
+    assert report.class_loss == 2.0
+    assert report.gradient_norm == 6.0
+
+
+def test_run_loop_counts_steps_before_a_checkpoint_in_the_next_report(
+    state: TrainingState,
+    make_batch: Callable[..., Batch],
+    make_loop_settings: Callable[..., LoopSettings],
+    scripted_steps: Callable[[list[float]], None],
+) -> None:
+    scripted_steps([1.0, float("nan"), 3.0, 5.0])
+    settings = make_loop_settings(checkpoint_steps=(3, 4), log_every=4)
+    (report,) = run(state, [make_batch([BOX])] * 4, settings)
+    assert report.num_skipped == 1
+    assert report.class_loss == 3.0
+
+
+def test_run_loop_leaves_the_time_of_checkpoints_out(
+    state: TrainingState,
+    make_batch: Callable[..., Batch],
+    make_loop_settings: Callable[..., LoopSettings],
+    scripted_steps: Callable[[list[float]], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+    scripted_steps([1.0] * 4)
+
+    def batches() -> Any:
+        for _ in range(4):
+            now[0] += 0.25  # waiting
+            yield make_batch([BOX])
+
+    def spend_an_hour(_: bool) -> bool:
+        now[0] += 3600
+        return False
+
+    settings = make_loop_settings(checkpoint_steps=(1, 4), log_every=4, batch=4)
+    (report,) = run(state, batches(), settings, on_checkpoint=spend_an_hour)
+    assert report.images_per_s == pytest.approx(4 * 4 / 1.0)
+    assert report.wait_share == pytest.approx(1.0)
+
+
+def test_run_loop_calls_checkpoints_in_training_mode_and_says_which_is_the_last(
+    state: TrainingState,
+    make_batch: Callable[..., Batch],
+    make_loop_settings: Callable[..., LoopSettings],
+) -> None:
+    calls = []
+
+    def keep(is_last: bool) -> bool:
+        calls.append((state.step, is_last, state.model.training))
+        state.model.eval()
+        return False
+
+    settings = make_loop_settings(checkpoint_steps=(1, 3))
+    run(state, [make_batch([BOX])] * 3, settings, on_checkpoint=keep)
+    assert calls == [(1, False, True), (3, True, True)]
+
+
+def test_run_loop_stops_when_a_checkpoint_says_so(
+    state: TrainingState,
+    make_batch: Callable[..., Batch],
+    make_loop_settings: Callable[..., LoopSettings],
+) -> None:
+    settings = make_loop_settings(checkpoint_steps=(2, 4))
+    run(state, [make_batch([BOX])] * 4, settings, on_checkpoint=lambda _: True)
+    assert state.step == 2
+
+
+def test_run_loop_gives_up_and_names_images_when_no_gradient_is_finite_for_twenty_steps(
+    state: TrainingState,
+    make_batch: Callable[..., Batch],
+    make_loop_settings: Callable[..., LoopSettings],
+) -> None:
+    settings = replace(
+        make_loop_settings(checkpoint_steps=(100,), log_every=10),
+        loss=LossSettings(box_weight=float("inf")),
+    )
+    batches = [make_batch([BOX, BOX], height=32, width=32)] * 100
+    with pytest.raises(RetinarayError, match=r"20 steps up to step 20 .*image-0, image-1.*--lr"):
+        run(state, batches, settings)
+    assert state.step == 20
+    assert all(torch.isfinite(value).all() for value in state.model.state_dict().values())
+
+
+def test_run_loop_goes_on_when_one_of_twenty_steps_was_finite(
+    state: TrainingState,
+    make_batch: Callable[..., Batch],
+    make_loop_settings: Callable[..., LoopSettings],
+    scripted_steps: Callable[[list[float]], None],
+) -> None:
+    scripted_steps([1.0, *[float("nan")] * 19, 2.0, *[float("nan")] * 19])
+    settings = make_loop_settings(checkpoint_steps=(40,), log_every=20)
+    reports = run(state, [make_batch([BOX])] * 40, settings)
+    assert [report.num_skipped for report in reports] == [19, 19]
+    assert [report.class_loss for report in reports] == [1.0, 2.0]

@@ -1,0 +1,208 @@
+"""The resume law, and files that a training refuses to go on from."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from retinaray.artifact import ModelCard
+from retinaray.data.batching import Batch
+from retinaray.errors import CheckpointError
+from retinaray.training.loop import LoopSettings, run_loop
+from retinaray.training.state import TrainingState
+from retinaray.training.step import WeightAverage, make_optimizer
+
+StateFactory = Callable[..., TrainingState]
+
+
+@pytest.fixture
+def make_state(make_tiny_card: Callable[..., ModelCard], one_thread: None) -> StateFactory:
+    def make(
+        *, kind: str = "adamw", norm: str = "gn", ema: bool = True, num_classes: int = 2
+    ) -> TrainingState:
+        torch.manual_seed(0)
+        card = make_tiny_card(norm=norm, num_classes=num_classes, head_depth=0)
+        model = card.build_model()
+        return TrainingState(
+            model=model,
+            optimizer=make_optimizer(model, kind=kind, learning_rate=1e-3, weight_decay=0.05),
+            average=WeightAverage(model, decay=0.9) if ema else None,
+        )
+
+    return make
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Every leaf of nested dictionaries and lists by its path."""
+    if isinstance(value, dict):
+        pairs = value.items()
+    elif isinstance(value, list | tuple):
+        pairs = enumerate(value)
+    else:
+        return {prefix: value}
+    return {k: v for key, item in pairs for k, v in flatten(item, f"{prefix}/{key}").items()}
+
+
+def everything(state: TrainingState) -> dict[str, Any]:
+    parts: dict[str, Any] = {
+        "model": state.model.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+        "average": state.average.values if state.average else None,
+        "rest": [state.step, state.best_ap, state.num_stale],
+    }
+    return flatten(parts)
+
+
+def assert_identical(first: TrainingState, second: TrainingState) -> None:
+    left, right = everything(first), everything(second)
+    assert left.keys() == right.keys()
+    for key, value in left.items():
+        same = torch.equal(value, right[key]) if isinstance(value, Tensor) else value == right[key]
+        assert same, key
+
+
+def advance(state: TrainingState, batches: list[Batch], settings: LoopSettings) -> None:
+    run_loop(
+        state,
+        state.model,
+        batches,
+        settings,
+        world_size=1,
+        on_progress=lambda _: None,
+        on_checkpoint=lambda _: False,
+    )
+
+
+@pytest.mark.parametrize(("kind", "norm"), [("adamw", "gn"), ("sgd", "bn")])
+def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(
+    make_state: StateFactory,
+    make_batches: Callable[..., list[Batch]],
+    make_loop_settings: Callable[..., LoopSettings],
+    kind: str,
+    norm: str,
+) -> None:
+    settings = make_loop_settings(checkpoint_steps=(2, 5))
+    whole = make_state(kind=kind, norm=norm)
+    start = {key: value.clone() for key, value in whole.model.state_dict().items()}
+    advance(whole, make_batches(0, 5), settings)
+
+    first = make_state(kind=kind, norm=norm)
+    advance(first, make_batches(0, 2), settings)
+    first.best_ap, first.num_stale = 0.25, 3
+    content = first.dump()
+    resumed = make_state(kind=kind, norm=norm)
+    with torch.no_grad():
+        for parameter in resumed.model.parameters():
+            parameter.add_(1.0)  # nothing of the fresh weights may remain
+    resumed.load(content, source="training.pth")
+    assert_identical(resumed, first)
+    assert resumed.step == 2
+
+    advance(resumed, make_batches(resumed.step, 5), settings)
+    resumed.best_ap, resumed.num_stale = None, 0
+    assert_identical(resumed, whole)
+    moved = [key for key, value in whole.model.state_dict().items() if not value.equal(start[key])]
+    assert len(moved) == len(start)
+
+
+def test_dump_holds_the_state_at_that_moment(make_state: StateFactory) -> None:
+    state = make_state()
+    content = state.dump()
+    with torch.no_grad():
+        state.model.fpn.p6.bias.fill_(9.0)
+    other = make_state()
+    other.load(content, source="x")
+    assert not (other.model.fpn.p6.bias == 9.0).any()
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, -1000])
+def test_load_refuses_a_truncated_file(make_state: StateFactory, size: int) -> None:
+    content = make_state().dump()[:size]
+    with pytest.raises(
+        CheckpointError, match=rf"run/training.pth: not a readable .*{len(content)} bytes"
+    ):
+        make_state().load(content, source="run/training.pth")
+
+
+@pytest.mark.parametrize(
+    ("saved", "loading", "text"),
+    [
+        ({"kind": "sgd"}, {"kind": "adamw"}, "belongs to another network or optimizer"),
+        ({"kind": "adamw"}, {"kind": "sgd"}, "belongs to another network or optimizer"),
+        ({"num_classes": 3}, {}, "belongs to another network.*class_head.output"),
+        ({"norm": "bn"}, {"norm": "gn"}, "belongs to another network"),
+        ({"ema": False}, {"ema": True}, "was saved without averaged weights.*ema_decay above 0"),
+        ({"ema": True}, {"ema": False}, "was saved with averaged weights.*ema_decay 0"),
+    ],
+)
+def test_load_refuses_the_state_of_another_training(
+    make_state: StateFactory, saved: dict[str, Any], loading: dict[str, Any], text: str
+) -> None:
+    content = make_state(**saved).dump()
+    with pytest.raises(CheckpointError, match=f"(?s)^old.pth: {text}"):
+        make_state(**loading).load(content, source="old.pth")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"format": "retinaray-weights-1"}, "expected a training state .*'retinaray-weights-1'"),
+        ({"format": None}, "expected a training state .*None"),
+        ({"optimizer": None}, "it lacks optimizer"),
+        ({"step": None, "best_ap": None}, "it lacks step, best_ap"),
+    ],
+)
+def test_load_refuses_a_foreign_file(
+    make_state: StateFactory, change: dict[str, Any], text: str
+) -> None:
+    state = make_state()
+    values = torch.load(io.BytesIO(state.dump()), weights_only=True)
+    for key, value in change.items():
+        values[key] = value
+        if value is None:
+            del values[key]
+    stream = io.BytesIO()
+    torch.save(values, stream)
+    with pytest.raises(CheckpointError, match=f"^x.pth: .*{text}"):
+        state.load(stream.getvalue(), source="x.pth")
+
+
+def test_load_refuses_averages_of_another_network(make_state: StateFactory) -> None:
+    state = make_state()
+    values = torch.load(io.BytesIO(state.dump()), weights_only=True)
+    del values["average"]["fpn.p6.bias"]
+    stream = io.BytesIO()
+    torch.save(values, stream)
+    with pytest.raises(CheckpointError, match="its averaged weights have other names"):
+        state.load(stream.getvalue(), source="x.pth")
+
+
+def test_note_validation_keeps_the_best_and_counts_the_others(make_state: StateFactory) -> None:
+    state = make_state(ema=False)
+    seen = [
+        (state.note_validation(ap), state.best_ap, state.num_stale)
+        for ap in (None, 0.0, 0.3, 0.3, 0.2, None, 0.4)
+    ]
+    assert seen == [
+        (False, None, 1),
+        (True, 0.0, 0),
+        (True, 0.3, 0),
+        (False, 0.3, 1),
+        (False, 0.3, 2),
+        (False, 0.3, 3),
+        (True, 0.4, 0),
+    ]
+
+
+def test_exported_state_is_the_average_when_there_is_one(make_state: StateFactory) -> None:
+    plain, averaged = make_state(ema=False), make_state()
+    assert averaged.average is not None
+    averaged.average.values["fpn.p6.bias"].fill_(7.0)
+    assert (averaged.exported_state()["fpn.p6.bias"] == 7.0).all()
+    assert torch.equal(plain.exported_state()["fpn.p6.bias"], plain.model.fpn.p6.bias)
+    assert averaged.exported_state().keys() == plain.model.state_dict().keys()
