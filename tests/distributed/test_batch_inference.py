@@ -6,6 +6,8 @@ import contextlib
 import io
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -209,18 +211,28 @@ def test_run_inference_reports_the_part_when_its_worker_dies_each_time(
     tmp_path: Path,
     hold_reader: Callable[..., Any],
     kill_worker: Callable[[str], int],
+    own_ray: dict[str, str],
 ) -> None:
     def kill(reading: int) -> bool:
         kill_worker("ray::MapWorker")
         return False
 
     job = make_infer_job(tmp_path / "run")
-    with (
-        hold_reader(sorted(scenes.images.glob("test*"))[4], kill) as failures,
-        pytest.raises(ClusterError, match=r"1 of 4 parts were not finished, first \[1\].*died"),
-    ):
-        run_inference(job)
+    # In a process and a Ray of its own: Ray Data 2.60 leaves the worker of such a run alive, with
+    # its processor, until the driver ends.
+    command = [
+        *(sys.executable, "-m", "retinaray", "infer", job.model, "--images", job.images),
+        *("--annotations", str(scenes.test), "--output", job.output, "--part-size", "4"),
+        *("--batch", "2", "--workers", "1", "--score-threshold", "0"),
+    ]
+    with hold_reader(sorted(scenes.images.glob("test*"))[4], kill) as failures:
+        answer = subprocess.run(
+            command, capture_output=True, text=True, timeout=600, check=False, env=own_ray
+        )
     assert not failures
+    assert answer.returncode == 1, answer.stderr
+    assert "1 of 4 parts were not finished, first [1]: their workers died" in answer.stderr
+    assert "Traceback" not in answer.stderr
     assert not (tmp_path / "run" / "_SUCCESS").exists()
     run_inference(job)
     _assert_same_bytes(tmp_path / "run", alone.run)

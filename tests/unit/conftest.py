@@ -84,15 +84,20 @@ def make_lively_model() -> Callable[[ModelCard], RetinaNet]:
 
     def make(card: ModelCard) -> RetinaNet:
         torch.manual_seed(1)
-        model = card.build_model()
-        for head, spread, bias in ((model.class_head, 2.0, -5.0), (model.box_head, 0.6, 0.0)):
-            for layer in head.tower:
-                if isinstance(layer, nn.Conv2d):
-                    nn.init.kaiming_normal_(layer.weight)
-            fan_in = head.output.weight[0].numel()
-            nn.init.normal_(head.output.weight, std=spread / fan_in**0.5)
-            nn.init.constant_(head.output.bias, bias)
-        return model.eval()
+        model = card.build_model().eval()
+        for layer in [*model.class_head.tower, *model.box_head.tower]:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight)
+        noise = torch.randint(0, 256, (2, 3, *card.canvas), dtype=torch.uint8)
+        with torch.no_grad():
+            outputs = model(noise)
+            heads = (model.class_head, model.box_head)
+            for head, values, spread, bias in zip(
+                heads, outputs, (2.0, 0.3), (-5.0, 0.0), strict=True
+            ):
+                head.output.weight.mul_(spread / values.std())
+                head.output.bias.fill_(bias)
+        return model
 
     return make
 

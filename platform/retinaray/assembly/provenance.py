@@ -38,15 +38,23 @@ def make_run_id() -> str:
 
 
 def _read_commit() -> str:
+    # An installed package may lie inside somebody else's repository, whose commit says nothing.
+    if _ask_git("ls-files", "--error-unmatch", Path(__file__).name):
+        return _ask_git("rev-parse", "HEAD") or "unknown"
+    return "unknown"
+
+
+def _ask_git(*arguments: str) -> str:
+    """What git prints about this folder; empty when it fails or is not there."""
     try:
         answer = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
+            ["git", *arguments],
             cwd=Path(__file__).parent,
             capture_output=True,
             text=True,
             timeout=5,
             check=False,
         )
-    except OSError:
-        return "unknown"
-    return answer.stdout.strip() or "unknown"
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return answer.stdout.strip() if answer.returncode == 0 else ""

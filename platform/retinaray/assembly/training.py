@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,10 @@ def resolve_paths(job: TrainJob) -> TrainJob:
     if data.val_annotations is not None:
         changes["data.val_annotations"] = absolute_uri(data.val_annotations)
         changes["data.val_images"] = absolute_uri(data.val_images or data.images)
+    weights = job.model.backbone_weights
+    # A name of torchvision's stays a name.
+    if weights is not None and Path(weights).expanduser().is_file():
+        changes["model.backbone_weights"] = absolute_uri(weights)
     return load_from_dict(TrainJob, to_dict(job), changes)
 
 

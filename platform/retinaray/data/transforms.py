@@ -79,8 +79,9 @@ def resize_pixels(
     """
     if pixels.shape[:2] == (height, width):
         return pixels
-    # Seen as NCHW this memory is channels-last, which torch's 8-bit kernel is fast on: no copy.
-    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+    # Seen as NCHW this memory is channels-last, which torch's 8-bit kernel is fast on: no copy,
+    # unless torch would warn of an array that may not be written to.
+    image = torch.from_numpy(np.require(pixels, requirements=("C", "W"))).permute(2, 0, 1)[None]
     resized = functional.interpolate(image, (height, width), mode="bilinear", antialias=True)
     return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
 

@@ -184,8 +184,14 @@ def _start(address: str | None, min_cpus: int) -> None:
         )
     # Ray reports some failures, such as too slow a start, as bare Exceptions.
     except Exception as error:
-        where = f"reach Ray at {address} (RAY_ADDRESS)" if address else "start Ray on this machine"
-        raise ClusterError(f"cannot {where}: {error}") from error
+        if address is not None:
+            text = f"cannot reach Ray at {address} (RAY_ADDRESS): {error}"
+        else:
+            text = (
+                f"cannot start Ray on this machine: {error}\nRun the command again when the "
+                "machine is less busy; Ray's logs are below /tmp/ray/session_latest/logs"
+            )
+        raise ClusterError(text) from error
 
 
 def _refuse_dead_address(address: str) -> None:

@@ -221,9 +221,13 @@ def check_contract(proto: onnx.ModelProto) -> None:
     foreign = sorted({f"{node.domain}::{node.op_type}" for node in proto.graph.node if node.domain})
     if foreign or proto.functions:
         faults.append(f"operators outside the standard: {foreign or 'local functions'}")
-    names = tuple(value.name for value in proto.graph.output)
-    if names != OUTPUT_NAMES:
-        faults.append(f"outputs {names} instead of {OUTPUT_NAMES}")
+    for label, values, expected in (
+        ("inputs", proto.graph.input, (INPUT_NAME,)),
+        ("outputs", proto.graph.output, OUTPUT_NAMES),
+    ):
+        names = tuple(value.name for value in values)
+        if names != expected:
+            faults.append(f"{label} {names} instead of {expected}")
     for value in (*proto.graph.input, *proto.graph.output):
         if not all(axis.dim_value > 0 for axis in value.type.tensor_type.shape.dim[1:]):
             faults.append(f"{value.name} has a free axis besides the batch")

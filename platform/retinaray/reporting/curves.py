@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,11 @@ def draw_training_curves(events: Sequence[Mapping[str, Any]], path: Path) -> Non
     FigureCanvasAgg(figure)
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     epochs = [event["epoch"] for event in progress]
+    # A line through one point shows nothing.
+    marker = "." if len(progress) == 1 else ""
     lines = [
-        losses.plot(epochs, _smooth([e["class_loss"] for e in progress]), label="class loss")[0],
-        losses.plot(epochs, _smooth([e["box_loss"] for e in progress]), label="box loss")[0],
+        losses.plot(epochs, _smooth([e[key] for e in progress]), marker=marker, label=label)[0]
+        for key, label in (("class_loss", "class loss"), ("box_loss", "box loss"))
     ]
     losses.set_ylabel("loss per foreground anchor")
     losses.set_ylim(bottom=0)
@@ -48,7 +51,8 @@ def draw_training_curves(events: Sequence[Mapping[str, Any]], path: Path) -> Non
         scores.set_ylabel("validation AP")
         scores.set_ylim(0, 1)
     losses.legend(handles=lines, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 1.12))
-    rates.plot(epochs, [event["learning_rate"] for event in progress], color="tab:grey")
+    learning_rates = [event["learning_rate"] for event in progress]
+    rates.plot(epochs, learning_rates, marker=marker, color="tab:grey")
     rates.set_ylabel("learning rate")
     rates.set_xlabel("epoch")
     rates.set_ylim(bottom=0)
@@ -57,10 +61,13 @@ def draw_training_curves(events: Sequence[Mapping[str, Any]], path: Path) -> Non
 
 
 def _smooth(values: Sequence[float], weight: float = 0.7) -> list[float]:
-    """Exponential average without the bias of its start."""
+    """Exponential average without the bias of its start; values that are not finite are gaps."""
     smoothed = []
     total = norm = 0.0
     for value in values:
+        if not math.isfinite(value):
+            smoothed.append(math.nan)
+            continue
         total = weight * total + (1 - weight) * value
         norm = weight * norm + (1 - weight)
         smoothed.append(total / norm)

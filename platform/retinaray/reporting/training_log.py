@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from retinaray.reporting.curves import draw_training_curves
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingLog:
@@ -24,6 +27,9 @@ class TrainingLog:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        if self._lines.tell() and not (folder / "metrics.jsonl").read_bytes().endswith(b"\n"):
+            # A process that was killed while it wrote leaves half a line: the next one is whole.
+            self._lines.write("\n")
         self._events = SummaryWriter(str(folder / "tensorboard"))
 
     def __enter__(self) -> TrainingLog:
@@ -53,9 +59,17 @@ class TrainingLog:
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """All events of a run folder, the latest where a step was repeated after a failure, by step."""
+    """All events of a run folder, the latest where a step was repeated after a failure, by step.
+
+    Half a line, which a killed process can leave, is left out with a warning.
+    """
+    path = folder / "metrics.jsonl"
     latest: dict[tuple[str, int], dict[str, Any]] = {}
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        event = json.loads(line)
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            logger.warning("%s, line %d is not whole and left out: %.60s", path, number, line)
+            continue
         latest[event["kind"], event["step"]] = event
     return sorted(latest.values(), key=lambda event: event["step"])

@@ -6,7 +6,7 @@ import io
 import itertools
 import json
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -31,17 +31,8 @@ from retinaray.errors import DatasetError, StorageError
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)]
 SIZES = [(120, 160), (150, 100), (90, 90), (200, 240)]
 ROOT = "s3://bucket/train"
-EVERYTHING = AugmentSettings(
-    flip=0.5,
-    vertical_flip=0.3,
-    scale_range=(0.7, 1.4),
-    crop=0.5,
-    brightness=0.2,
-    contrast=0.2,
-    saturation=0.2,
-    hue=0.02,
-    mosaic=0.5,
-)
+GEOMETRY = AugmentSettings(flip=0.5, vertical_flip=0.3, scale_range=(0.7, 1.6), crop=0.5)
+EVERYTHING = replace(GEOMETRY, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.02, mosaic=0.5)
 
 
 def boxes_of(index: int) -> list[list[int]]:
@@ -49,10 +40,7 @@ def boxes_of(index: int) -> list[list[int]]:
     height, width = SIZES[index]
     if index == 3:
         return []
-    return [
-        [5, 8, width // 3, height // 3],
-        [width // 2, height // 2, width // 3, height // 4],
-    ]
+    return [[5, 8, width // 3, height // 3], [width // 2, height // 2, width // 3, height // 4]]
 
 
 def encode(index: int, file_format: str) -> bytes:
@@ -79,22 +67,27 @@ def read_file(uri: str) -> bytes:
         raise StorageError(f"no file at {uri}") from error
 
 
+def document_of(images: list[dict[str, Any]], annotations: list[dict[str, Any]]) -> CocoDataset:
+    """A data set of four classes."""
+    categories = [{"id": i, "name": f"class {i}"} for i in range(4)]
+    document = {"images": images, "annotations": annotations, "categories": categories}
+    return load_coco(json.dumps(document).encode())
+
+
 @pytest.fixture
 def coco() -> CocoDataset:
     """Four images with ids 100 to 103, of which the last has no boxes."""
-    document = {
-        "images": [
+    return document_of(
+        [
             {"id": 100 + i, "file_name": f"{i}.png", "height": height, "width": width}
             for i, (height, width) in enumerate(SIZES)
         ],
-        "annotations": [
+        [
             {"id": 1 + 2 * i + j, "image_id": 100 + i, "category_id": i, "bbox": box, "iscrowd": 0}
             for i in range(4)
             for j, box in enumerate(boxes_of(i))
         ],
-        "categories": [{"id": i, "name": f"class {i}"} for i in range(4)],
-    }
-    return load_coco(json.dumps(document).encode())
+    )
 
 
 def dataset_of(
@@ -104,6 +97,7 @@ def dataset_of(
     augment: AugmentSettings | None = None,
     read: Callable[[str], bytes] = read_file,
     seed: int = 0,
+    max_pixels: int = 10**6,
 ) -> TrainingDataset:
     return TrainingDataset(
         dataset=coco,
@@ -112,7 +106,7 @@ def dataset_of(
         canvas=canvas,
         augment=augment or AugmentSettings(),
         seed=seed,
-        max_pixels=10**6,
+        max_pixels=max_pixels,
         allow_truncated=False,
     )
 
@@ -178,14 +172,16 @@ def test_stream_sampler_is_the_same_when_several_are_read_in_turn() -> None:
     assert [list(steps) for steps in zip(*in_turn, strict=True)] == alone
 
 
-def test_stream_sampler_refuses_when_there_are_no_images() -> None:
-    with pytest.raises(ValueError, match="num_images=0: a training needs at least one image"):
-        steps_of(num_images=0)
-
-
-def test_stream_sampler_refuses_when_the_batch_does_not_divide() -> None:
-    with pytest.raises(ValueError, match="batch=4 does not divide among world_size=3 workers"):
-        steps_of(world_size=3)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_images": 0}, "num_images=0: a training needs at least one image"),
+        ({"world_size": 3}, "batch=4 does not divide among world_size=3 workers"),
+    ],
+)
+def test_stream_sampler_refuses_bad_numbers(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        steps_of(**changes)
 
 
 def test_dataset_gives_the_plain_letterbox_by_default(coco: CocoDataset) -> None:
@@ -223,18 +219,8 @@ def test_dataset_depends_on_seed_epoch_and_position_alone(coco: CocoDataset) -> 
 
 
 def test_dataset_changes_equal_images_in_different_ways() -> None:
-    same = load_coco(
-        json.dumps(
-            {
-                "images": [
-                    {"id": i, "file_name": f"{i}.png", "height": 120, "width": 160}
-                    for i in range(9)
-                ],
-                "annotations": [],
-                "categories": [{"id": 0, "name": "class 0"}],
-            }
-        ).encode()
-    )
+    images = [{"id": i, "file_name": f"{i}.png", "height": 120, "width": 160} for i in range(9)]
+    same = document_of(images, [])
     dataset = dataset_of(
         same, augment=AugmentSettings(crop=1.0), read=lambda _: FILES[f"{ROOT}/0.png"]
     )
@@ -275,15 +261,9 @@ def assert_boxes_follow(sample: Sample, message: str) -> int:
     return len(sample.boxes_xyxy)
 
 
-GEOMETRY = AugmentSettings(flip=0.5, vertical_flip=0.3, scale_range=(0.7, 1.6), crop=0.5)
-
-
 @pytest.mark.parametrize("mosaic", [0.0, 1.0], ids=["single", "mosaic"])
 def test_dataset_boxes_follow_the_pixels(coco: CocoDataset, mosaic: float) -> None:
-    settings = AugmentSettings(
-        **{f.name: getattr(GEOMETRY, f.name) for f in fields(GEOMETRY) if f.name != "mosaic"},
-        mosaic=mosaic,
-    )
+    settings = replace(GEOMETRY, mosaic=mosaic)
     dataset = dataset_of(coco, canvas=(160, 192), augment=settings)
     num_boxes = sum(
         assert_boxes_follow(dataset[epoch, position], f"epoch {epoch}, image {position}")
@@ -295,32 +275,19 @@ def test_dataset_boxes_follow_the_pixels(coco: CocoDataset, mosaic: float) -> No
 
 
 def test_dataset_boxes_follow_the_pixels_when_jpegs_are_decoded_at_reduced_size() -> None:
-    height, width = 1201, 1607
-    box = [300, 200, 800, 600]
-    pixels = np.zeros((height, width, 3), dtype=np.uint8)
+    pixels = np.zeros((1201, 1607, 3), dtype=np.uint8)
     pixels[200:800, 300:1100] = COLOURS[0]
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "JPEG", quality=98, subsampling=0)
-    document = {
-        "images": [{"id": 1, "file_name": "a.jpg", "height": height, "width": width}],
-        "annotations": [{"id": 1, "image_id": 1, "category_id": 0, "bbox": box}],
-        "categories": [{"id": 0, "name": "class 0"}],
-    }
-    coco = load_coco(json.dumps(document).encode())
-    dataset = dataset_of(coco, augment=GEOMETRY, read=lambda _: stream.getvalue(), canvas=(96, 128))
-    # 1201 x 1607 needs 2 million pixels; the limit of dataset_of refuses it.
-    with pytest.raises(DatasetError, match=r"image 1 \(s3://bucket/train/a.jpg\): .*max_pixels"):
-        dataset[0, 0]
-    dataset = TrainingDataset(
-        dataset=coco,
-        images_root=ROOT,
-        read=lambda _: stream.getvalue(),
-        canvas=(96, 128),
-        augment=GEOMETRY,
-        seed=0,
-        max_pixels=2 * 10**6,
-        allow_truncated=False,
+    coco = document_of(
+        [{"id": 1, "file_name": "a.jpg", "height": 1201, "width": 1607}],
+        [{"id": 1, "image_id": 1, "category_id": 0, "bbox": [300, 200, 800, 600]}],
     )
+    settings = {"augment": GEOMETRY, "read": lambda _: stream.getvalue()}
+    # 1201 x 1607 are 1.93 million pixels.
+    with pytest.raises(DatasetError, match=r"image 1 \(s3://bucket/train/a.jpg\): .*max_pixels"):
+        _ = dataset_of(coco, **settings, max_pixels=1_900_000)[0, 0]
+    dataset = dataset_of(coco, **settings, max_pixels=2_000_000)
     num_boxes = sum(assert_boxes_follow(dataset[epoch, 0], f"epoch {epoch}") for epoch in range(12))
     assert num_boxes == 12
 
@@ -343,17 +310,16 @@ def test_mosaic_takes_three_other_images_and_the_id_of_the_first(coco: CocoDatas
 def test_dataset_marks_stumps_and_crowds_as_ignored() -> None:
     stream = io.BytesIO()
     Image.new("RGB", (100, 100), (255, 0, 0)).save(stream, "PNG")
-    document = {
-        "images": [{"id": "a", "file_name": "a.png", "height": 100, "width": 100}],
-        "annotations": [
+    coco = document_of(
+        [{"id": "a", "file_name": "a.png", "height": 100, "width": 100}],
+        [
             {"id": 1, "image_id": "a", "category_id": 0, "bbox": [0, 0, 100, 100], "iscrowd": 1},
             {"id": 2, "image_id": "a", "category_id": 0, "bbox": [0, 0, 100, 100]},
             {"id": 3, "image_id": "a", "category_id": 0, "bbox": [45, 45, 10, 10]},
         ],
-        "categories": [{"id": 0, "name": "class 0"}],
-    }
+    )
     dataset = dataset_of(
-        load_coco(json.dumps(document).encode()),
+        coco,
         canvas=(50, 50),
         augment=AugmentSettings(scale_range=(3.0, 3.0)),
         read=lambda _: stream.getvalue(),

@@ -57,6 +57,15 @@ def test_fit_size_fills_one_side_and_never_leaves_the_canvas() -> None:
         assert fitted[0] == canvas_height or fitted[1] == canvas_width
 
 
+def assert_close_to_pillow(made: np.ndarray, pixels: np.ndarray) -> None:
+    """Pillow resizes one axis after the other and rounds in between: 2 of 255 may differ."""
+    size = (made.shape[1], made.shape[0])
+    pillow = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
+    difference = np.abs(made.astype(int) - pillow)
+    assert difference.max() <= 2
+    assert difference.mean() < 0.05
+
+
 @pytest.mark.parametrize(
     ("image", "canvas"), [((60, 90), (64, 64)), ((37, 23), (96, 160)), ((300, 200), (64, 96))]
 )
@@ -68,12 +77,10 @@ def test_letterbox_equals_pillow_top_left_on_black(
         pixels, height=image[0], width=image[1], canvas_height=canvas[0], canvas_width=canvas[1]
     )
     height, width = placement.content_height, placement.content_width
-    expected = Image.new("RGB", (canvas[1], canvas[0]))
-    expected.paste(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
+    assert (height, width) == fit_size(*image, *canvas)
     assert made.shape == (*canvas, 3)
     assert made.dtype == np.uint8
-    np.testing.assert_array_equal(made, np.asarray(expected))
-    assert (made[:height, :width].max(axis=2) > 0).all()
+    assert_close_to_pillow(made[:height, :width], pixels)
     assert made[height:].sum() == made[:, width:].sum() == 0
 
 
@@ -83,8 +90,18 @@ def test_letterbox_places_by_the_original_size_when_pixels_were_decoded_smaller(
     made, placement = letterbox(small, height=301, width=401, canvas_height=50, canvas_width=60)
     # 60 * 301 / 401 = 45.04
     assert placement == Placement(height=301, width=401, content_height=45, content_width=60)
-    expected = Image.fromarray(small).resize((60, 45), Image.Resampling.BILINEAR)
-    np.testing.assert_array_equal(made[:45], np.asarray(expected))
+    assert_close_to_pillow(made[:45], small)
+
+
+@pytest.mark.parametrize("size", [(20, 33), (90, 77)], ids=["smaller", "larger"])
+def test_resize_pixels_takes_views_and_read_only_arrays(size: tuple[int, int]) -> None:
+    pixels = random_pixels(40, 50)
+    expected = resize_pixels(pixels[:, ::-1].copy(), *size)
+    assert expected.flags.c_contiguous
+    np.testing.assert_array_equal(resize_pixels(pixels[:, ::-1], *size), expected)
+    frozen = pixels[:, ::-1].copy()
+    frozen.flags.writeable = False
+    np.testing.assert_array_equal(resize_pixels(frozen, *size), expected)
 
 
 def test_resize_pixels_gives_the_same_array_when_the_size_is_right() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from retinaray.detector.anchors import AnchorSpec, make_anchors
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
     """Inputs here are so small that threads cost more time than they bring, on a busy machine."""
     before = torch.get_num_threads()
