@@ -72,7 +72,7 @@ def run(quick: bool = False) -> list[Record]:
     """Measure all backends on each data set; without the data sets there is a reason instead."""
     if not DATA.is_dir():
         return [skip("inference", f"needs the real data sets in {DATA}, which is absent")]
-    setting = Setting(256, BATCH, 2) if quick else Setting(512, 4 * BATCH, 5)
+    setting = Setting(256, BATCH, 1) if quick else Setting(512, 4 * BATCH, 5)
     threads = torch.get_num_threads()
     torch.set_num_threads(THREADS)
     try:

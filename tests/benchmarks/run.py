@@ -121,8 +121,9 @@ def make_records(
         rounds: The times.
         unit: Unit of the values.
         convert: Turns the seconds of one round into a value.
-        baselines: With which competitors one is compared. A ratio is the median over the rounds of
-            baseline's time over own time: 2 means twice as fast.
+        baselines: With which competitors one is compared, by wall clock and by processor time. A
+            ratio is the median over the rounds of baseline's time over own time: 2 means twice as
+            fast.
         checked: The fact about the outputs that was asserted.
         config: Everything that another run needs to repeat this one.
     """
@@ -132,13 +133,18 @@ def make_records(
         record |= summarise([convert(value) for value in seconds])
         record["cpu_s"] = round_to_figures(percentile(rounds.cpu_s[name], 50))
         for baseline in baselines.get(name, ()):
-            others = rounds.wall_s[baseline]
-            ratios = [other / own for other, own in zip(others, seconds, strict=True)]
+            ratios = _divide(rounds.wall_s[baseline], seconds)
             p10, median, p90 = (round_to_figures(percentile(ratios, q)) for q in (10, 50, 90))
             record[f"{RATIO}{baseline}"] = median
             record[f"{RATIO}{baseline}_p10_p90"] = [p10, p90]
+            cpu_ratios = _divide(rounds.cpu_s[baseline], rounds.cpu_s[name])
+            record[f"cpu_{RATIO}{baseline}"] = round_to_figures(percentile(cpu_ratios, 50))
         records.append({**record, "checked": checked, "config": dict(config)})
     return records
+
+
+def _divide(others: Sequence[float], own: Sequence[float]) -> list[float]:
+    return [other / max(value, 1e-9) for other, value in zip(others, own, strict=True)]
 
 
 def summarise(values: Sequence[float]) -> Record:
@@ -285,12 +291,9 @@ def run_case(name: str, *, quick: bool) -> list[Record]:
         "hardware": hardware,
         "versions": collect_versions(),
     }
-    defaults = {"checked": getattr(module, "CHECKED", ""), "config": {"quick": quick}}
-    complete = []
-    for record in records:
-        missing = {key: value for key, value in defaults.items() if key not in record}
-        complete.append({**record, **missing, **common})
-        check_record(complete[-1])
+    complete = [record | common for record in records]
+    for record in complete:
+        check_record(record)
     return complete
 
 
@@ -302,7 +305,7 @@ def format_table(records: Iterable[Record]) -> str:
             rows.append((record["case"], "-", "-", "-", "skipped", "0", record["reason"]))
             continue
         ratios = [
-            f"{key.removeprefix(RATIO)} {value:g}"
+            f"{key.removeprefix(RATIO)} {value:g} (cpu {record[f'cpu_{key}']:g})"
             for key, value in record.items()
             if key.startswith(RATIO) and not key.endswith("_p10_p90")
         ]

@@ -231,8 +231,10 @@ def test_run_inference_reports_the_part_when_its_worker_dies_each_time(
         )
     assert not failures
     assert answer.returncode == 1, answer.stderr
-    assert "1 of 4 parts were not finished, first [1]: their workers died" in answer.stderr
-    assert "Traceback" not in answer.stderr
+    # Ray Data's own report of the lost block stands before it: of unforeseen exceptions in a worker
+    # it is the only one.
+    last = answer.stderr.splitlines()[-1]
+    assert last.startswith("error: 1 of 4 parts were not finished, first [1]: their workers died")
     assert not (tmp_path / "run" / "_SUCCESS").exists()
     run_inference(job)
     _assert_same_bytes(tmp_path / "run", alone.run)

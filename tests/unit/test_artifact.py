@@ -97,7 +97,7 @@ def test_read_weights_refuses_a_truncated_file(tiny_weights: bytes, share: float
 def test_read_weights_refuses_a_file_with_one_wrong_byte(tiny_weights: bytes) -> None:
     damaged = bytearray(tiny_weights)
     damaged[len(damaged) // 2] ^= 0xFF
-    with pytest.raises(CheckpointError, match="m.pth: not a readable .* is damaged"):
+    with pytest.raises(CheckpointError, match=r"m\.pth: not a readable .* is damaged"):
         read_weights(bytes(damaged), source="m.pth")
 
 
@@ -115,7 +115,7 @@ def test_read_weights_never_executes_what_a_pickle_asks_for(
         stream = io.BytesIO()
         torch.save(payload, stream, _use_new_zipfile_serialization=container == "zip")
         content = stream.getvalue()
-    with pytest.raises(CheckpointError, match="evil.pth: not a readable weights file"):
+    with pytest.raises(CheckpointError, match=r"evil\.pth: not a readable weights file"):
         read_weights(content, source="evil.pth")
     assert not marker.exists()
 
@@ -150,7 +150,7 @@ def test_load_tensors_refuses_a_zip_of_something_else() -> None:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         archive.writestr("readme.txt", "hello")
-    with pytest.raises(CheckpointError, match="a.zip: not a readable weights file"):
+    with pytest.raises(CheckpointError, match=r"a\.zip: not a readable weights file"):
         load_tensors(stream.getvalue(), source="a.zip")
 
 
@@ -208,7 +208,7 @@ def test_read_weights_refuses_a_card_that_names_no_known_network(tiny_weights: b
     values = open_bytes(tiny_weights)
     architecture = json.loads(values["card"]["retinaray.architecture"])
     values["card"]["retinaray.architecture"] = json.dumps(architecture | {"backbone": "VGG"})
-    with pytest.raises(CheckpointError, match="m.pth: .*backbone='VGG'"):
+    with pytest.raises(CheckpointError, match=r"m\.pth: .*backbone='VGG'"):
         read_weights(to_bytes(values), source="m.pth")
 
 

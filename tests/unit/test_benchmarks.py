@@ -146,11 +146,13 @@ def test_make_records_takes_ratios_round_by_round(run: ModuleType, rounds: Any) 
         # 3/1, 2/2 and 20/4 have the median 3; the ratio of the medians would be 3/2.
         "times_as_fast_as_theirs": 3.0,
         "times_as_fast_as_theirs_p10_p90": [1.4, 4.6],
+        # 1/0.5, 1/0.7 and 1/0.6.
+        "cpu_times_as_fast_as_theirs": 1.667,
         "checked": "a fact",
         "config": {"side_px": 64},
     }
     assert theirs["case"] == "case/theirs"
-    assert not [key for key in theirs if key.startswith("times_as_fast_as")]
+    assert not [key for key in theirs if "times_as_fast_as" in key]
     run.check_record(ours)
 
 
@@ -161,6 +163,7 @@ def test_make_records_takes_ratios_round_by_round(run: ModuleType, rounds: Any) 
         ({"config": None}, "config missing"),
         ({"median": math.nan}, "finite numbers"),
         ({"times_as_fast_as_c": math.inf}, "finite numbers"),
+        ({"cpu_times_as_fast_as_c": math.nan}, "finite numbers"),
         ({"p90": 1.5}, "p10 <= median <= p90"),
         ({"n": 0}, "n >= 1"),
         ({"unit": "skipped"}, "needs a reason"),
@@ -193,10 +196,11 @@ def fake_case(run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """A case of one figure and one skip, found in place of the real ones."""
     (tmp_path / "a_fake_case.py").write_text(
         "from run import skip, summarise\n"
-        "CHECKED = 'nothing is timed'\n"
         "def run(quick=False):\n"
-        "    figure = {'case': 'fake/x', 'unit': 's', 'times_as_fast_as_y': 1.25}\n"
-        "    return [figure | summarise([1.0, 2.0]), skip('fake/z', 'needs a GPU')]\n"
+        "    figure = {'case': 'fake/x', 'unit': 's', 'checked': 'nothing is timed'}\n"
+        "    figure |= {'config': {'side_px': 64}} | summarise([1.0, 2.0])\n"
+        "    figure |= {'times_as_fast_as_y': 1.25, 'cpu_times_as_fast_as_y': 1.5}\n"
+        "    return [figure, skip('fake/z', 'needs a GPU')]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(run, "find_cases", lambda: ["a_fake_case"])
@@ -212,14 +216,15 @@ def test_main_prints_lines_and_a_table(
     figure, skipped = map(json.loads, printed.out.splitlines())
     assert figure["median"] == 1.5
     assert figure["checked"] == "nothing is timed"
-    assert figure["config"] == {"quick": True}
+    assert figure["config"] == {"side_px": 64}
+    assert figure["quick"] is True
     assert figure["hardware"]["cores"] >= 1
     assert figure["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert {"commit", "time", "case_s", "quick"} <= set(figure)
     assert skipped["reason"] == "needs a GPU"
     header, first, second = printed.err.strip().splitlines()
     assert header.split()[:4] == ["case", "median", "p10", "p90"]
-    assert first.split() == ["fake/x", "1.5", "1.1", "1.9", "s", "2", "y", "1.25"]
+    assert first.split() == ["fake/x", "1.5", "1.1", "1.9", "s", "2", "y", "1.25", "(cpu", "1.5)"]
     assert second.endswith("needs a GPU")
     assert not (tmp_path / "results").exists()
 

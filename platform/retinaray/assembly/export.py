@@ -68,7 +68,8 @@ class ExportOutcome:
             f"{self.input_type} input, "
             f"{self.num_bytes / 1e6:.1f} MB\n"
             f"{parity.num_boxes} boxes in {parity.num_images} images compared with torch: "
-            f"{parity.num_missing} missing, {parity.num_extra} too many, largest difference {parity.max_box_px:.3f} px, "
+            f"{parity.num_missing} missing, {parity.num_extra} too many, "
+            f"largest difference {parity.max_box_px:.3f} px, "
             f"score {parity.max_score:.1e}"
         )
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from retinaray.config.schema import DetectionConfig, ReadingConfig
 from retinaray.errors import DatasetError
 from retinaray.inference.pipeline import ReadSettings
 from retinaray.inference.predictor import PredictorSettings
-from retinaray.storage import Storage, is_s3
+from retinaray.storage import Storage, is_s3, local_path
 
 
 def make_reader(reading: ReadingConfig) -> Callable[[str], bytes]:
@@ -60,5 +59,9 @@ def read_json(uri: str, reading: ReadingConfig) -> Any:
 
 
 def absolute_uri(uri: str) -> str:
-    """A local path made absolute, so that workers in other folders find it; S3 URIs as they are."""
-    return uri if is_s3(uri) else str(Path(uri).expanduser().resolve())
+    """A local path made absolute, so that workers in other folders find it; S3 URIs as they are.
+
+    Raises:
+        StorageError: If the URI has another scheme than s3:// or file://.
+    """
+    return uri if is_s3(uri) else str(local_path(uri).expanduser().resolve())

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 _MARKER = ".retinaray-demo"
 _BUCKET = "retinaray-demo"
-_SCENE_EPOCHS = 14
+_SCENE_EPOCHS = 11
 _USER_EPOCHS = 10
 _GALLERY_SIZE = 9
 _GALLERY_SCORE = 0.3
@@ -155,7 +155,7 @@ def _prepare_folder(folder: Path) -> Path:
 
 
 def _scenes(folder: Path) -> _Dataset:
-    made = make_scene_set(folder, num_train=320, num_val=40, num_test=60)
+    made = make_scene_set(folder, num_train=300, num_val=40, num_test=60)
     return _Dataset(made.images, made.train, made.val, made.test, is_scenes=True)
 
 
@@ -219,11 +219,11 @@ def _train(job: DemoJob, data: _Dataset, folder: Path, clock: _Clock) -> None:
             "resize": 320,
             "max_size": 320 if data.is_scenes else 512,
         },
-        "run": {"workers": job.workers, "batch": 4 * job.workers, "val_every": 2},
+        "run": {"workers": job.workers, "batch": 2 * job.workers, "val_every": 3},
     }
     if data.is_scenes:
         # Digits must not be mirrored, and most of them are small.
-        settings["augment"] = {"flip": 0.0}
+        settings["augment"] = {"flip": 0.0, "crop": 0.0}
         settings["anchors"] = {"scales": [2.0, 2.52, 3.17], "ratios": [1.0, 1.6]}
         settings["optim"] = {"peak_lr": 1e-3}
     settings["run"]["epochs"] = job.epochs or (_SCENE_EPOCHS if data.is_scenes else _USER_EPOCHS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -295,7 +296,7 @@ def _process(
                         failures.append(row["failure"])
                         continue
                     view.add(row["num_images"] + row["num_errors"], row["num_errors"])
-        except RayError as error:
+        except (RayError, OSError) as error:
             raise ClusterError(
                 f"batch inference stopped: {_first_line(error)}; the finished parts are kept, "
                 "run the same command again to go on"
@@ -311,6 +312,10 @@ def _lay_out(job: InferJob, files: RunFiles, plan: WorkerPlan, done: Set[int], b
 
     from retinaray.distributed.detect_worker import DetectWorker
 
+    for handler in logging.getLogger("ray.data").handlers:
+        # Plans and statistics stay in its files; people see our own progress.
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.WARNING)
     context = DataContext.get_current()
     # Ray Data waits half an hour before it says that nothing moves.
     context.execution_options.preserve_order = False
@@ -356,13 +361,17 @@ def _ray_paths(files: RunFiles) -> str:
 
 
 def _ray_filesystem(files: RunFiles) -> Any:
-    """Where Ray Data reads the manifest: explicit, so that an endpoint needs no variable."""
+    """Where Ray Data reads the manifest: the job's endpoint, else the environment's, else AWS.
+
+    An explicit pyarrow file system does not look at AWS_ENDPOINT_URL by itself.
+    """
     from pyarrow import fs
 
     if not is_s3(files.root):
         return fs.LocalFileSystem()
-    endpoint = files.storage.endpoint_url
-    return fs.S3FileSystem(endpoint_override=endpoint) if endpoint else fs.S3FileSystem()
+    named = (os.environ.get(name) for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))
+    endpoint = files.storage.endpoint_url or next(filter(None, named), None)
+    return fs.S3FileSystem(endpoint_override=endpoint)
 
 
 def _finish(

@@ -116,8 +116,8 @@ def _list_coco(root: str, content: Any) -> Iterator[ImageSource]:
     incomplete = [record for record in records if not _is_complete(record)]
     if incomplete:
         raise DatasetError(
-            f"COCO file for {root}: {len(incomplete)} images without a usable id or file_name, first: "
-            f"{incomplete[0]}"
+            f"COCO file for {root}: {len(incomplete)} images without a usable id or file_name, "
+            f"first: {incomplete[0]}"
         )
     seen: set[int | str] = set()
     for record in records:

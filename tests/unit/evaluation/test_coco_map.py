@@ -24,7 +24,7 @@ REAL_SETS = ["bccd/test.json", "coco128/val.json", "aerial_cars/test.json"]
 
 
 def make_detections(truth: dict[str, Any], seed: int = 0) -> Rows:
-    """Jittered ground truth: shifted, resized, some lost, doubled, of a wrong class, or invented."""
+    """Ground truth shifted and resized, some of it lost, doubled or of a wrong class."""
     rng = np.random.default_rng(seed)
     classes = [category["id"] for category in truth["categories"]]
     detections = []
@@ -130,8 +130,7 @@ def test_each_class_equals_pycocotools_restricted_to_it(
         for name in ("AP", "AP50", "AP_small", "AP_medium", "AP_large", "AR_100"):
             assert getattr(entry, name) == named[name], (entry, name)
         assert entry.num_ground_truth == sum(
-            a["category_id"] == entry.category_id and not a["iscrowd"]
-            for a in truth["annotations"]
+            a["category_id"] == entry.category_id and not a["iscrowd"] for a in truth["annotations"]
         )
 
 
@@ -227,9 +226,7 @@ def test_crowds_are_ignored_regions_as_in_pycocotools(small_truth: dict[str, Any
     detections = as_detections(small_truth)[:-1]
     # Three boxes inside the crowd, better than anything else: no false positives.
     inside = [[70 + 20 * n, 5, 18, 30] for n in range(3)]
-    detections += [
-        {"image_id": 1, "category_id": 1, "bbox": box, "score": 0.99} for box in inside
-    ]
+    detections += [{"image_id": 1, "category_id": 1, "bbox": box, "score": 0.99} for box in inside]
     scores = evaluate_detections(small_truth, detections)
     expected = run_pycocotools(small_truth, detections).stats
     assert list(scores.summary.values()) == [expect(value) for value in expected]

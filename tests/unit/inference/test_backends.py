@@ -180,7 +180,7 @@ def test_a_graph_with_an_unknown_operator_is_refused_as_damaged(
 
     model: Any = onnx.load_model_from_string(tiny_onnx)
     model.graph.node[3].op_type = "NoSuchOperator"
-    with pytest.raises(CheckpointError, match="bad.onnx: .* cannot load it"):
+    with pytest.raises(CheckpointError, match=r"bad\.onnx: .* cannot load it"):
         load_predictor(
             model.SerializeToString(),
             uri="bad.onnx",

@@ -193,7 +193,7 @@ def test_cut_parts_grows_from_16_to_1000_images() -> None:
     sizes = [len(part.sources) for part in cut_parts(number_sources(75_000))]
     # 64 * 16 = 1024, 64 * 64 = 4096, 256 * 256 = 65536: 70656 images, then 4 * 1000 + 344.
     assert Counter(sizes) == {16: 64, 64: 64, 256: 256, 1000: 4, 344: 1}
-    assert sizes == sorted(sizes[:-1]) + [344]
+    assert sizes == [*sorted(sizes[:-1]), 344]
 
 
 def test_cut_parts_is_the_same_whatever_comes_later() -> None:

@@ -66,7 +66,7 @@ def test_read_onnx_card_refuses_a_file_that_lost_its_end(
 ) -> None:
     # The metadata stand at the end of the file: some cuts leave a valid but shorter list.
     content = build_onnx()
-    with pytest.raises(CheckpointError, match="cut.onnx: "):
+    with pytest.raises(CheckpointError, match=r"cut\.onnx: "):
         read_onnx_card(content[:-num_bytes], uri="cut.onnx")
 
 
@@ -101,5 +101,5 @@ def test_read_onnx_card_refuses_damaged_metadata(build_onnx: Callable[..., bytes
     for entry in model.metadata_props:
         if entry.key == "retinaray.anchors":
             entry.value = entry.value[:-2]
-    with pytest.raises(CheckpointError, match="m.onnx: its retinaray metadata are damaged"):
+    with pytest.raises(CheckpointError, match=r"m\.onnx: its retinaray metadata are damaged"):
         read_onnx_card(model.SerializeToString(), uri="m.onnx")

@@ -80,7 +80,7 @@ def test_load_predictor_refuses_another_canvas_than_the_exported(
     tiny_onnx: bytes, backend: str
 ) -> None:
     settings = PredictorSettings(canvas=(96, 64))
-    with pytest.raises(InferenceError, match="m.onnx was exported for 64x96"):
+    with pytest.raises(InferenceError, match=r"m\.onnx was exported for 64x96"):
         load_predictor(tiny_onnx, uri="m.onnx", backend=backend, settings=settings)
 
 

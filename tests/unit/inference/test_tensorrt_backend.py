@@ -1,4 +1,4 @@
-"""The TensorRT backend as far as it can be checked without a GPU: names, order of checks, parser and builder."""
+"""The TensorRT backend as far as it can be checked without a GPU: names and refusals."""
 
 import ast
 import json

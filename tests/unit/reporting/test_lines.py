@@ -93,9 +93,20 @@ def test_render_scores_lines_up_and_says_absent() -> None:
     )
     text = render_scores(CocoScores(summary, rows, num_images=3, num_detections=4))
     lines = text.splitlines()
-    assert lines[0] == "AP 0.500  AP50 0.500  AP75 0.500  AP_small -  AP_medium 0.500  AP_large 0.500"
+    assert (
+        lines[0] == "AP 0.500  AP50 0.500  AP75 0.500  AP_small -  AP_medium 0.500  AP_large 0.500"
+    )
     assert lines[1].startswith("AR_1 0.500  AR_10 0.500")
-    assert lines[2].split() == ["class", "boxes", "AP", "AP50", "AP_small", "AP_medium", "AP_large", "AR_100"]
+    assert lines[2].split() == [
+        "class",
+        "boxes",
+        "AP",
+        "AP50",
+        "AP_small",
+        "AP_medium",
+        "AP_large",
+        "AR_100",
+    ]
     assert lines[3].split()[-7:] == ["12", "0.100", "0.200", "-", "0.400", "0.500", "0.600"]
     assert len(lines[2]) == len(lines[3])
     assert lines[4].startswith("car  ")

@@ -17,7 +17,7 @@ from retinaray.training.step import LossSettings
 
 @pytest.fixture(scope="session")
 def make_batch() -> Callable[..., Batch]:
-    """Batches of noise: make_batch([boxes of image 0, ...]); class indices count up from 0 mod 3."""
+    """Batches of noise: make_batch([boxes of image 0, ...]); classes are 0, 1, 2, 0, ..."""
 
     def make(boxes: Sequence[Tensor], *, height: int = 64, width: int = 96) -> Batch:
         most = max(1, max(len(rows) for rows in boxes))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from retinaray.errors import RetinarayError
 from retinaray.training import loop
 from retinaray.training.loop import LoopSettings, Progress, plan_checkpoints, run_loop
 from retinaray.training.state import TrainingState
-from retinaray.training.step import LossSettings, StepResult, make_optimizer
+from retinaray.training.step import StepResult, WeightAverage, make_optimizer
 
 BOX = torch.tensor([[10.0, 10.0, 34.0, 34.0]])
 
@@ -196,6 +195,29 @@ def test_run_loop_calls_checkpoints_in_training_mode_and_says_which_is_the_last(
     assert calls == [(1, False, True), (3, True, True)]
 
 
+def test_run_loop_averages_the_weights_after_each_step(
+    state: TrainingState,
+    make_batch: Callable[..., Batch],
+    make_loop_settings: Callable[..., LoopSettings],
+) -> None:
+    state.average = WeightAverage(state.model, decay=0.999)
+    bias = state.model.class_head.output.bias
+    seen = [bias.detach().clone()]
+
+    def look(_: bool) -> bool:
+        seen.append(bias.detach().clone())
+        return False
+
+    settings = make_loop_settings(checkpoint_steps=(1, 2))
+    run(state, [make_batch([BOX])] * 2, settings, on_checkpoint=look)
+    # Of the old average stay 1/10 after the first step and 2/11 after the second.
+    expected = 2 / 11 * (0.1 * seen[0] + 0.9 * seen[1]) + 9 / 11 * seen[2]
+    torch.testing.assert_close(
+        state.average.values["class_head.output.bias"], expected, rtol=1e-6, atol=1e-7
+    )
+    assert (seen[2] - seen[1]).abs().max() > 1e-4
+
+
 def test_run_loop_stops_when_a_checkpoint_says_so(
     state: TrainingState,
     make_batch: Callable[..., Batch],
@@ -210,16 +232,13 @@ def test_run_loop_gives_up_and_names_images_when_no_gradient_is_finite_for_twent
     state: TrainingState,
     make_batch: Callable[..., Batch],
     make_loop_settings: Callable[..., LoopSettings],
+    scripted_steps: Callable[[list[float]], None],
 ) -> None:
-    settings = replace(
-        make_loop_settings(checkpoint_steps=(100,), log_every=10),
-        loss=LossSettings(box_weight=float("inf")),
-    )
-    batches = [make_batch([BOX, BOX], height=32, width=32)] * 100
-    with pytest.raises(RetinarayError, match=r"20 steps up to step 20 .*image-0, image-1.*--lr"):
-        run(state, batches, settings)
-    assert state.step == 20
-    assert all(torch.isfinite(value).all() for value in state.model.state_dict().values())
+    scripted_steps([1.0, *[float("nan")] * 99])
+    settings = make_loop_settings(checkpoint_steps=(100,), log_every=7)
+    with pytest.raises(RetinarayError, match=r"20 steps up to step 21 .*image-0, image-1.*--lr"):
+        run(state, [make_batch([BOX, BOX])] * 100, settings)
+    assert state.step == 21  # the first report after steps 2 to 21
 
 
 def test_run_loop_goes_on_when_one_of_twenty_steps_was_finite(

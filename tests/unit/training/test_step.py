@@ -165,7 +165,14 @@ def test_make_optimizer_leaves_frozen_parameters_out(model: RetinaNet) -> None:
     optimizer = make_optimizer(model, kind="sgd", learning_rate=0.1, weight_decay=0.05)
     taken = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert not taken & {id(p) for p in model.backbone.parameters()}
-    assert taken == {id(p) for p in [*model.fpn.parameters(), *model.class_head.parameters(), *model.box_head.parameters()]}
+    assert taken == {
+        id(p)
+        for p in [
+            *model.fpn.parameters(),
+            *model.class_head.parameters(),
+            *model.box_head.parameters(),
+        ]
+    }
     assert {group["momentum"] for group in optimizer.param_groups} == {0.9}
 
 

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from retinaray.config.loading import load_from_dict
+from retinaray.config.schema import TrainJob
+
+
+@pytest.fixture
+def make_train_job(image_set: Any) -> Callable[..., TrainJob]:
+    """Training jobs on `image_set`: make_train_job({"run.epochs": 3, ...})."""
+
+    def make(changes: dict[str, object] | None = None) -> TrainJob:
+        tree: dict[str, Any] = {
+            "output": "model.pth",
+            "model": {"backbone": "ResNet10FPN", "fpn_channels": 16, "head_depth": 0},
+            "data": {
+                "images": str(image_set.folder),
+                "annotations": str(image_set.annotations),
+                "resize": 64,
+                "max_size": 96,
+            },
+        }
+        return load_from_dict(TrainJob, tree, changes or {})
+
+    return make
+
+
+@pytest.fixture
+def write_json(tmp_path: Path) -> Callable[[str, Any], str]:
+    """Write a value into a file of the test's folder and give its path."""
+
+    def write(name: str, value: Any) -> str:
+        path = tmp_path / name
+        path.write_text(json.dumps(value))
+        return str(path)
+
+    return write

@@ -1,0 +1,144 @@
+"""`evaluate`: a model or a detections file against ground truth."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from retinaray.assembly import evaluation as evaluation_module
+from retinaray.assembly.evaluation import run_evaluation
+from retinaray.config.loading import load_from_dict
+from retinaray.config.schema import EvaluateJob
+from retinaray.errors import DatasetError
+from retinaray.evaluation.coco_map import TWELVE, evaluate_detections
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def truth(image_set: Any) -> dict[str, Any]:
+    """`image_set` with the third class of the tiny model."""
+    content: dict[str, Any] = copy.deepcopy(image_set.coco)
+    content["categories"].append({"id": 27, "name": "class 2"})
+    return content
+
+
+@pytest.fixture
+def make_job(
+    tmp_path: Path,
+    tiny_weights: bytes,
+    image_set: Any,
+    truth: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., EvaluateJob]:
+    monkeypatch.setattr(evaluation_module, "count_cores", lambda: 1)
+    shutil.copytree(image_set.folder, tmp_path / "images")
+
+    def make(changes: dict[str, object] | None = None) -> EvaluateJob:
+        (tmp_path / "model.pth").write_bytes(tiny_weights)
+        (tmp_path / "truth.json").write_text(json.dumps(truth))
+        tree: dict[str, object] = {
+            "model": str(tmp_path / "model.pth"),
+            "annotations": str(tmp_path / "truth.json"),
+            "images": str(tmp_path / "images"),
+        }
+        return load_from_dict(EvaluateJob, tree, changes or {})
+
+    return make
+
+
+def perfect(truth: dict[str, Any]) -> list[dict[str, Any]]:
+    keys = ("image_id", "category_id", "bbox")
+    return [{**{k: a[k] for k in keys}, "score": 0.9} for a in truth["annotations"]]
+
+
+def test_run_evaluation_scores_what_it_writes(
+    make_job: Callable[..., EvaluateJob], truth: dict[str, Any], tmp_path: Path
+) -> None:
+    output = tmp_path / "found" / "detections.json"
+    outcome = run_evaluation(make_job({"output": str(output)}))
+    detections = json.loads(output.read_text())
+    assert outcome.backend == "torch"
+    assert outcome.scores == evaluate_detections(truth, detections)
+    assert outcome.scores.num_images == 6
+    assert outcome.scores.num_detections == len(detections) > 20
+    assert {found["category_id"] for found in detections} <= {7, 17, 27}
+    assert outcome.num_errors == 0
+    again = run_evaluation(make_job({"model": str(output)}))
+    assert again.scores == outcome.scores
+    assert (again.backend, again.images_per_s) == ("", 0.0)
+
+
+def test_run_evaluation_gives_one_line_and_a_table(
+    make_job: Callable[..., EvaluateJob], truth: dict[str, Any], write_json: Callable[..., str]
+) -> None:
+    outcome = run_evaluation(make_job({"model": write_json("found.json", perfect(truth))}))
+    values = json.loads(outcome.to_json())
+    assert values["AP"] == pytest.approx(1.0)
+    assert set(TWELVE) <= set(values)
+    assert [row["AP"] for row in values["classes"]] == [
+        pytest.approx(1.0),
+        pytest.approx(1.0),
+        None,
+    ]
+    text = outcome.to_text()
+    assert text.startswith("6 images, 12 detections\nAP 1.000")
+    assert text.endswith("absent from the ground truth")
+
+
+def test_run_evaluation_counts_unreadable_images_as_images_without_detections(
+    make_job: Callable[..., EvaluateJob], tmp_path: Path
+) -> None:
+    job = make_job()
+    (tmp_path / "images" / "2.png").write_bytes(b"broken")
+    (tmp_path / "images" / "5.png").unlink()
+    outcome = run_evaluation(job)
+    assert outcome.num_errors == 2
+    assert outcome.scores.num_images == 6
+    assert "2 UNREADABLE" in outcome.to_text()
+
+
+def test_run_evaluation_refuses_a_folder_of_which_no_image_can_be_read(
+    make_job: Callable[..., EvaluateJob], tmp_path: Path
+) -> None:
+    with pytest.raises(DatasetError, match=r"none of 6 images could be read, .*check --images"):
+        run_evaluation(make_job({"images": str(tmp_path / "elsewhere")}))
+
+
+def test_run_evaluation_refuses_a_model_of_other_classes(
+    make_job: Callable[..., EvaluateJob], truth: dict[str, Any]
+) -> None:
+    truth["categories"].pop()
+    with pytest.raises(DatasetError, match=r"detections against .*truth.json: .*category_id=27"):
+        run_evaluation(make_job())
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ({"annotations": []}, "expected a COCO results list, found dict"),
+        ([{"image_id": 99, "category_id": 7, "bbox": [0, 0, 1, 1], "score": 1}], "image_id=99"),
+        ([{"image_id": 1, "category_id": 7, "bbox": [0, 0, 1, 1]}], "score"),
+        ([{"image_id": 1, "category_id": 7, "bbox": [0, 0], "score": 1}], "detections against"),
+        (["text"], "detections against"),
+    ],
+)
+def test_run_evaluation_refuses_detections_that_are_none(
+    make_job: Callable[..., EvaluateJob], write_json: Callable[..., str], content: Any, text: str
+) -> None:
+    with pytest.raises(DatasetError, match=text):
+        run_evaluation(make_job({"model": write_json("found.json", content)}))
+
+
+def test_run_evaluation_refuses_broken_annotations(
+    make_job: Callable[..., EvaluateJob], truth: dict[str, Any]
+) -> None:
+    truth["annotations"][0]["image_id"] = 77
+    with pytest.raises(DatasetError, match=r"truth\.json: .*77"):
+        run_evaluation(make_job())
