@@ -22,6 +22,7 @@ from retinaray.errors import (
     ConfigError,
     DatasetError,
     ImageError,
+    MissingFileError,
     RetinarayError,
 )
 
@@ -39,7 +40,7 @@ exit codes:
 
 The last line of stdout is one JSON object; everything else goes to stderr."""
 
-_USERS_INPUT = (ConfigError, DatasetError, CheckpointError, ImageError)
+_USERS_INPUT = (ConfigError, DatasetError, CheckpointError, ImageError, MissingFileError)
 _HANDLER_NAME = "retinaray-cli"
 
 

@@ -39,3 +39,7 @@ class ClusterError(RetinarayError):
 
 class StorageError(RetinarayError):
     """A local or S3 location cannot be read or written."""
+
+
+class MissingFileError(StorageError):
+    """The file is not there; its bucket, if it has one, is."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from retinaray.errors import StorageError
+from retinaray.errors import MissingFileError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +40,6 @@ _REASONS = {
     "PreconditionFailed": ("the object changed meanwhile", "run again when nobody writes it"),
     "SlowDown": ("the server asks for fewer requests", "use fewer workers or more key prefixes"),
 }
-
-
-class MissingFileError(StorageError):
-    """The file is not there; its bucket, if it has one, is."""
 
 
 @contextmanager

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
-from retinaray.errors import StorageError
-from retinaray.s3_failures import SERVER_ADVICE, MissingFileError, explain_s3_failures
+from retinaray.errors import MissingFileError, StorageError
+from retinaray.s3_failures import SERVER_ADVICE, explain_s3_failures
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote, unquote_to_bytes
 
-from retinaray.errors import StorageError
-from retinaray.s3_failures import MissingFileError
+from retinaray.errors import MissingFileError, StorageError
 from retinaray.s3_objects import S3Objects, split_s3_uri
 
 __all__ = [

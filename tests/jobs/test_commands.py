@@ -165,7 +165,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         pytest.param(
             "infer",
             ("absent.onnx", "--images", "data/images"),
-            1,
+            2,
             "absent.onnx: no such file",
             id="missing model",
         ),

@@ -92,6 +92,11 @@ def read_inputs(job: TrainJob) -> TrainingInputs:
         val = load_coco(
             read(data.val_annotations), on_bad_box=data.on_bad_box, source=data.val_annotations
         )
+        if len(val) == 0:
+            raise DatasetError(
+                f"{data.val_annotations}: no images; leave --val-annotations out to train without "
+                "validation"
+            )
         if val.categories != train.categories:
             raise DatasetError(
                 f"{data.val_annotations} has other categories than {data.annotations}: "

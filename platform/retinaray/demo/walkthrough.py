@@ -21,7 +21,8 @@ from retinaray.config.schema import DemoJob, EvaluateJob, ExportJob, InferJob, T
 from retinaray.data.image_decoding import decode_image
 from retinaray.demo.embedded_s3 import EmbeddedS3
 from retinaray.demo.scenes import make_scene_set
-from retinaray.distributed.batch_inference import InferOutcome, run_inference
+from retinaray.distributed.batch_inference import run_inference
+from retinaray.distributed.infer_outcome import InferOutcome
 from retinaray.distributed.resources import connect
 from retinaray.distributed.train import run_training
 from retinaray.errors import DatasetError

@@ -12,7 +12,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
@@ -24,16 +24,16 @@ from retinaray.assembly.provenance import collect_versions, make_run_id
 from retinaray.assembly.reading import absolute_uri, make_predictor_settings, read_json
 from retinaray.config.loading import load_from_dict, to_dict
 from retinaray.config.schema import InferJob
+from retinaray.distributed.infer_outcome import InferOutcome
 from retinaray.distributed.resources import ClusterSize, WorkerPlan, connect, plan_inference
 from retinaray.distributed.run_settings import compare_settings
 from retinaray.errors import ClusterError, ConfigError
-from retinaray.evaluation.coco_map import CocoScores, evaluate_detections
+from retinaray.evaluation.coco_map import evaluate_detections
 from retinaray.inference.manifest import Part, cut_parts, list_sources
 from retinaray.inference.onnx_contract import read_onnx_card
 from retinaray.inference.predictor import check_canvas, choose_backend
 from retinaray.inference.run_files import RunFiles, RunTotals
 from retinaray.reporting.inference_progress import InferenceView
-from retinaray.reporting.score_table import render_scores
 from retinaray.storage import Storage, is_s3, join_uri
 
 logger = logging.getLogger(__name__)
@@ -50,55 +50,6 @@ _PARTS_PER_FILE = 500
 _NO_PROGRESS_TIMEOUT_S = 900
 # Settings that do not change the result: a run may be resumed with others.
 _FREE_SETTINGS = ("workers", "overwrite", "output", "reading.threads")
-
-
-@dataclass(frozen=True)
-class InferOutcome:
-    """What a run left.
-
-    Attributes:
-        run: Folder or S3 prefix of the run.
-        detections: The merged COCO results.
-        totals: Parts, images, errors and detections.
-        errors: The first few errors.
-        backend: Runtime, and why it was chosen.
-        seconds: Wall time of this command.
-        images_per_s: Images that this command processed, over the time between first and last part.
-        scores: With annotations: COCO's numbers, computed from the written file.
-        exit_code: 0.
-    """
-
-    run: str
-    detections: str
-    totals: RunTotals
-    errors: tuple[Mapping[str, Any], ...]
-    backend: str
-    seconds: float
-    images_per_s: float
-    scores: CocoScores | None
-    exit_code: int = 0
-
-    def to_json(self) -> str:
-        """One line for machines."""
-        values = asdict(self)
-        values["scores"] = self.scores.to_dict() if self.scores else None
-        return json.dumps(values)
-
-    def to_text(self) -> str:
-        """A few lines for people."""
-        totals = self.totals
-        lines = [
-            f"{totals.num_images} images, {totals.num_detections} detections, "
-            f"{totals.num_errors} errors "
-            f"in {self.seconds:.0f} s ({self.images_per_s:.1f} img/s, {self.backend})"
-        ]
-        lines += [f"  error: {error['uri']}: {error['reason']}" for error in self.errors[:5]]
-        if totals.num_errors > 5:
-            lines.append(f"  ... all of them in {join_uri(self.run, 'errors')}")
-        lines += [f"detections  {self.detections}", f"run         {self.run}"]
-        if self.scores:
-            lines.append(render_scores(self.scores))
-        return "\n".join(lines)
 
 
 def run_inference(job: InferJob) -> InferOutcome:
@@ -207,12 +158,15 @@ def _open_run(
         ConfigError: If the output holds another run and --overwrite is not given.
     """
     record = None if job.overwrite else files.read_record()
+    truth_sha256 = hash_content(json.dumps(truth).encode()) if truth else None
     if record is not None:
         differences = compare_settings(record["job"], to_dict(job), free=_FREE_SETTINGS)
         if record["model_sha256"] != model_sha256:
             differences.append(
                 f"model: {record['model_sha256'][:12]} -> {model_sha256[:12]} (SHA-256)"
             )
+        if record["annotations_sha256"] != truth_sha256:
+            differences.append("the content of the annotations")
         if differences:
             raise ConfigError(
                 f"{files.root} holds a run with other settings: {'; '.join(differences)}. "
@@ -220,6 +174,11 @@ def _open_run(
             )
         logger.info("resuming run %s: %d parts", record["run_id"], record["num_parts"])
         return record
+    if not job.overwrite and files.has_results():
+        raise ConfigError(
+            f"{files.root} holds results but no run.json of a run to resume: "
+            "give another --output, or --overwrite to replace them"
+        )
     files.remove_all()
     num_parts, num_images = _write_manifest(
         files, cut_parts(list_sources(job.images, truth, files.storage), job.part_size)
@@ -228,6 +187,7 @@ def _open_run(
         "run_id": make_run_id(),
         "job": to_dict(job),
         "model_sha256": model_sha256,
+        "annotations_sha256": truth_sha256,
         "training_run_id": card.run_id,
         "categories": card.categories.to_json(),
         "num_parts": num_parts,

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from retinaray.errors import StorageError
+from retinaray.errors import MissingFileError, StorageError
 from retinaray.inference.pipeline import ImageResult
-from retinaray.storage import MissingFileError, Storage, join_uri
+from retinaray.storage import Storage, join_uri
 
 _PART_NAME = re.compile(r"/part-(\d{9})\.jsonl$")
 
@@ -116,6 +116,11 @@ class RunFiles:
             if matched:
                 numbers.add(int(matched.group(1)))
         return numbers
+
+    def has_results(self) -> bool:
+        """Whether there are files here that a run would replace."""
+        named = (self.detections, self.images)
+        return any(map(self.storage.exists, named)) or bool(self.list_committed())
 
     def remove_all(self) -> None:
         """Delete every file of the run, the record first: half a run is not to be taken for one."""

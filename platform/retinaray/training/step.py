@@ -55,7 +55,8 @@ class StepResult:
         box_loss: Regression loss over the global foreground count, this worker's share.
         num_foreground: Foreground anchors of the global batch.
         gradient_norm: Before clipping.
-        is_finite: False when the step was skipped because the loss or a gradient was not.
+        is_finite: False when the norm was not: the step was then taken with all gradients 0, in
+            which only momentum and weight decay move the weights.
     """
 
     class_loss: Float[Tensor, ""]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from retinaray.config.loading import load_from_dict
 from retinaray.config.schema import ExportJob
 from retinaray.detector.retinanet import RetinaNet
 from retinaray.errors import CheckpointError, DatasetError, ExportError, StorageError
+from retinaray.export.parity import ParityReport
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -95,6 +97,43 @@ def test_run_export_writes_nothing_when_the_boxes_differ(
     with pytest.raises(ExportError, match=r"model.onnx was not written: of \d+ boxes"):
         run_export(job)
     assert not Path(job.output).parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "is_refused"),
+    [
+        ({}, False),
+        ({"max_box_px": 0.5, "max_score": 0.02}, False),  # the tolerances themselves
+        ({"max_box_px": 0.51}, True),
+        ({"max_score": 0.021}, True),
+        ({"num_missing": 1}, True),
+        ({"num_extra": 1}, True),
+    ],
+)
+def test_run_export_holds_each_number_of_the_comparison_to_its_limit(
+    job: ExportJob,
+    tiny_onnx: bytes,
+    fake_export: Callable[[bytes], None],
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, float],
+    is_refused: bool,
+) -> None:
+    clean = ParityReport(
+        num_images=4,
+        num_boxes=9,
+        num_missing=0,
+        num_extra=0,
+        max_box_px=0.1,
+        mean_box_px=0.01,
+        max_score=1e-6,
+    )
+    report = replace(clean, **change)
+    fake_export(tiny_onnx)
+    monkeypatch.setattr(export_module, "compare_predictors", lambda *_: report)
+    refusal = pytest.raises(ExportError, match=r"model\.onnx was not written: of 9 boxes")
+    with refusal if is_refused else nullcontext():
+        run_export(job)
+    assert Path(job.output).exists() == (not is_refused)
 
 
 def test_run_export_keeps_an_older_file_when_the_boxes_differ(

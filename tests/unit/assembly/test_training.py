@@ -89,12 +89,13 @@ def test_read_inputs_refuses_another_number_of_classes(make_train_job: JobFactor
         read_inputs(make_train_job({"data.classes": 3}))
 
 
+@pytest.mark.parametrize("key", ["data.annotations", "data.val_annotations"])
 def test_read_inputs_refuses_a_set_without_images(
-    make_train_job: JobFactory, image_set: Any, write_json: Callable[[str, Any], str]
+    make_train_job: JobFactory, image_set: Any, write_json: Callable[[str, Any], str], key: str
 ) -> None:
-    path = write_json("train.json", image_set.coco | {"images": [], "annotations": []})
-    with pytest.raises(DatasetError, match=r"train\.json: no images"):
-        read_inputs(make_train_job({"data.annotations": path}))
+    path = write_json("empty.json", image_set.coco | {"images": [], "annotations": []})
+    with pytest.raises(DatasetError, match=r"empty\.json: no images"):
+        read_inputs(make_train_job({key: path}))
 
 
 def test_read_inputs_passes_on_that_a_file_is_missing(make_train_job: JobFactory) -> None:
