@@ -367,7 +367,7 @@ def test_run_inference_writes_the_json_that_was_asked_for(
             id="unknown kind of model",
         ),
         pytest.param(
-            {"backend": "torch"}, InferenceError, "cannot run a onnx file", id="wrong backend"
+            {"backend": "torch"}, InferenceError, "cannot run onnx files", id="wrong backend"
         ),
         pytest.param(
             {"detection__size": [128, 128]},

@@ -77,7 +77,7 @@ def run_evaluation(job: EvaluateJob) -> EvaluateOutcome:
         StorageError: If a file cannot be read.
     """
     content = make_reader(job.reading)(job.annotations)
-    load_coco(content, source=job.annotations)
+    categories = load_coco(content, source=job.annotations).categories
     truth = json.loads(content)
     if job.model.endswith(".json"):
         return _score_file(job, truth)
@@ -88,6 +88,13 @@ def run_evaluation(job: EvaluateJob) -> EvaluateOutcome:
         settings=make_predictor_settings(job.detection, batch=job.batch, threads=count_cores()),
     )
     logger.info("backend %s: %s", predictor.backend, reason)
+    if predictor.card.categories != categories:
+        logger.warning(
+            "the model was trained for other categories than %s has: %s against %s",
+            job.annotations,
+            predictor.card.categories.names[:5],
+            categories.names[:5],
+        )
     start = time.monotonic()
     results = list(
         detect_images(

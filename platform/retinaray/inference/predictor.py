@@ -113,7 +113,7 @@ def choose_backend(kind: str, requested: str, *, has_gpu: bool) -> tuple[Backend
             else f"give --backend {options[0]}"
         )
         raise InferenceError(
-            f"backend {requested!r} cannot run a {kind} file (possible: {', '.join(options)}): "
+            f"backend {requested!r} cannot run {kind} files (possible: {', '.join(options)}): "
             f"{hint}"
         )
     if requested == "tensorrt" and not has_gpu:

@@ -46,11 +46,11 @@ def test_choose_backend_goes_by_file_and_hardware_and_says_why(
             "weights",
             "openvino",
             False,
-            r"'openvino' cannot run a weights file \(possible: torch\): export it first with "
+            r"'openvino' cannot run weights files \(possible: torch\): export it first with "
             "`retinaray export",
         ),
-        ("weights", "tensorrt", True, "'tensorrt' cannot run a weights file .*export it first"),
-        ("onnx", "torch", False, "'torch' cannot run a onnx file .*give --backend openvino"),
+        ("weights", "tensorrt", True, "'tensorrt' cannot run weights files .*export it first"),
+        ("onnx", "torch", False, "'torch' cannot run onnx files .*give --backend openvino"),
         ("onnx", "tflite", True, "'tflite' cannot run .*openvino, onnxruntime, tensorrt"),
     ],
 )
