@@ -36,7 +36,7 @@ _BUCKET = "retinaray-demo"
 _SCENE_EPOCHS = 9
 _USER_EPOCHS = 10
 _GALLERY_SIZE = 9
-_GALLERY_SCORE = 0.3
+_GALLERY_SCORE = 0.4
 
 
 @dataclass(frozen=True)
