@@ -23,12 +23,11 @@ from retinaray.errors import ClusterError, ConfigError
 from retinaray.reporting.training_log import TrainingLog
 from retinaray.reporting.training_progress import TrainingView
 from retinaray.storage import Storage, is_s3
+from retinaray.training.state import WEIGHTS_FILE
 
 logger = logging.getLogger(__name__)
 
 RAY_RUN_NAME = "ray_train"
-WEIGHTS_FILE = "weights.pth"
-STATE_FILE = "training.pth"
 # Settings that may change when a training is resumed: they do not change what is computed.
 _FREE_SETTINGS = (
     "run.override",

@@ -34,7 +34,7 @@ from retinaray.inference.pipeline import ImageSource, detect_images
 from retinaray.inference.predictor import PredictorSettings
 from retinaray.inference.torch_backend import TorchPredictor
 from retinaray.training.loop import Progress, run_loop
-from retinaray.training.state import TrainingState
+from retinaray.training.state import STATE_FILE, WEIGHTS_FILE, TrainingState
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -112,7 +112,7 @@ def _restore(state: TrainingState) -> None:
     if checkpoint is None:
         return
     with checkpoint.as_directory() as folder:
-        path = Path(folder) / "training.pth"
+        path = Path(folder) / STATE_FILE
         state.load(path.read_bytes(), source=str(path))
 
 
@@ -150,9 +150,9 @@ class _Keeper:
         if is_due:
             self.board.post.remote({"kind": "validation", **metrics})
         with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "training.pth").write_bytes(self.state.dump())
+            (Path(folder) / STATE_FILE).write_bytes(self.state.dump())
             weights = dump_weights(self.card, self.state.exported_state())
-            (Path(folder) / "weights.pth").write_bytes(weights)
+            (Path(folder) / WEIGHTS_FILE).write_bytes(weights)
             ray.train.report(
                 metrics,
                 checkpoint=ray.train.Checkpoint.from_directory(folder),

@@ -19,6 +19,9 @@ from retinaray.errors import CheckpointError
 from retinaray.training.step import WeightAverage
 
 STATE_FORMAT = "retinaray-training-1"
+# A checkpoint folder holds the state to go on from, and the weights to use.
+STATE_FILE = "training.pth"
+WEIGHTS_FILE = "weights.pth"
 _KEYS = ("model", "optimizer", "average", "step", "best_ap", "num_stale")
 
 
