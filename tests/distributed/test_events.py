@@ -67,19 +67,23 @@ def test_follow_events_raises_what_the_handler_raised_while_the_block_ran(
     with pytest.raises(OSError, match="no space left"):
         run()
     assert calls == [0]
-    _assert_is_gone(boards[0])
+    wait_until(lambda: _is_gone(boards[0]), "the mailbox's end")
 
 
-def test_follow_events_raises_what_the_handler_raised_at_the_end() -> None:
+def test_follow_events_raises_what_the_handler_raised_at_the_end(
+    wait_until: Callable[[Callable[[], object], str], None],
+) -> None:
     def fail(event: dict[str, Any]) -> None:
         raise OSError(f"cannot write event {event['number']}")
 
     with pytest.raises(OSError, match="cannot write event 0"), follow_events(fail) as board:
         ray.get(board.post.remote({"number": 0}))
-    _assert_is_gone(board)
+    wait_until(lambda: _is_gone(board), "the mailbox's end")
 
 
-def test_follow_events_keeps_the_error_of_its_block_and_kills_the_mailbox() -> None:
+def test_follow_events_keeps_the_error_of_its_block_and_kills_the_mailbox(
+    wait_until: Callable[[Callable[[], object], str], None],
+) -> None:
     seen: list[int] = []
     boards: list[Any] = []
 
@@ -92,9 +96,13 @@ def test_follow_events_keeps_the_error_of_its_block_and_kills_the_mailbox() -> N
     with pytest.raises(KeyError, match="training"):
         run()
     assert seen == [0, 1, 2]
-    _assert_is_gone(boards[0])
+    wait_until(lambda: _is_gone(boards[0]), "the mailbox's end")
 
 
-def _assert_is_gone(board: Any) -> None:
-    with pytest.raises(RayActorError):
+def _is_gone(board: Any) -> bool:
+    # ray.kill does not wait: the actor may answer once more.
+    try:
         ray.get(board.collect.remote(), timeout=60)
+    except RayActorError:
+        return True
+    return False
