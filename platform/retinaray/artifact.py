@@ -19,6 +19,7 @@ from torch import Tensor
 
 from retinaray.data.coco import CategoryTable
 from retinaray.detector.anchors import AnchorSpec
+from retinaray.detector.postprocess import NMS_KINDS, NmsKind
 from retinaray.detector.retinanet import RetinaNet
 from retinaray.errors import CheckpointError, DatasetError
 
@@ -51,11 +52,14 @@ class ModelCard:
         categories: Class index to COCO category.
         canvas: Network height and width in pixels that it was trained for.
         score_thresholds: Lowest score per class, K values in [0, 1).
-        nms_iou: IoU above which the worse of two boxes of one class goes.
+        nms_iou: IoU above which the worse of two boxes that compete goes.
         run_id: Training run that made it.
         versions: Package versions and git commit at training time.
         training: Resolved settings of the training, as plain values.
         preprocessing: How pixels reach the network, in words.
+        nms_kind: Which boxes compete; see `suppress_overlaps`. Older files, which lack it, mean
+            `class`.
+        max_detections: Detections per image at most; older files, which lack it, mean 100.
     """
 
     architecture: Architecture
@@ -68,6 +72,8 @@ class ModelCard:
     versions: Mapping[str, str] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     preprocessing: str = PREPROCESSING
+    nms_kind: NmsKind = "class"
+    max_detections: int = 100
 
     def build_model(self) -> RetinaNet:
         """A network of this architecture with fresh weights."""
@@ -94,6 +100,8 @@ class ModelCard:
             "versions": dict(self.versions),
             "training": dict(self.training),
             "preprocessing": self.preprocessing,
+            "nms_kind": self.nms_kind,
+            "max_detections": self.max_detections,
         }
         return {METADATA_PREFIX + key: json.dumps(value) for key, value in values.items()}
 
@@ -116,7 +124,11 @@ class ModelCard:
                 "`retinaray export`"
             )
         try:
-            values = {key: json.loads(metadata[METADATA_PREFIX + key]) for key in _CARD_KEYS}
+            values = {
+                key: json.loads(metadata[METADATA_PREFIX + key])
+                for key in (*_CARD_KEYS, *_NEWER_KEYS)
+                if METADATA_PREFIX + key in metadata
+            }
             card = cls(
                 architecture=Architecture(**values["architecture"]),
                 anchors=AnchorSpec.from_dict(values["anchors"]),
@@ -128,16 +140,14 @@ class ModelCard:
                 versions=values["versions"],
                 training=values["training"],
                 preprocessing=str(values["preprocessing"]),
+                nms_kind=values.get("nms_kind", cls.nms_kind),
+                max_detections=int(values.get("max_detections", cls.max_detections)),
             )
         except _DAMAGE as error:
             raise CheckpointError(
                 f"{source}: its retinaray metadata are damaged: {type(error).__name__}: {error}"
             ) from error
-        if len(card.score_thresholds) != len(card.categories):
-            raise CheckpointError(
-                f"{source}: {len(card.score_thresholds)} score thresholds for "
-                f"{len(card.categories)} categories in its metadata"
-            )
+        _check_card(card, source)
         return card
 
 
@@ -153,8 +163,24 @@ _CARD_KEYS = (
     "training",
     "preprocessing",
 )
+# Files that were written before these existed are read with their defaults.
+_NEWER_KEYS = ("nms_kind", "max_detections")
 # What values of a wrong type or range raise where they are used.
 _DAMAGE = (ValueError, TypeError, KeyError, IndexError, AttributeError, DatasetError)
+
+
+def _check_card(card: ModelCard, source: str) -> None:
+    if len(card.score_thresholds) != len(card.categories):
+        raise CheckpointError(
+            f"{source}: {len(card.score_thresholds)} score thresholds for "
+            f"{len(card.categories)} categories in its metadata"
+        )
+    if card.nms_kind not in NMS_KINDS or card.max_detections < 1:
+        raise CheckpointError(
+            f"{source}: its metadata have nms_kind={card.nms_kind!r} and "
+            f"max_detections={card.max_detections}, expected one of {', '.join(NMS_KINDS)} and at "
+            "least 1: it may come from a newer version of retinaray"
+        )
 
 
 def dump_weights(card: ModelCard, state: Mapping[str, Tensor]) -> bytes:

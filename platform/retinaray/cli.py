@@ -79,10 +79,20 @@ VERBS: dict[str, Verb] = {
         "retinaray.distributed.train:run_training",
         "train a RetinaNet with Ray Train and keep the best weights",
     ),
+    "tune": Verb(
+        "retinaray.config.sweep_schema:TuneJob",
+        "retinaray.distributed.tune:run_sweep",
+        "search anchors and other settings by validation AP with Ray Tune",
+    ),
     "evaluate": Verb(
         "retinaray.config.inference_schema:EvaluateJob",
         "retinaray.assembly.evaluation:run_evaluation",
         "score a model or a detections file against ground truth",
+    ),
+    "thresholds": Verb(
+        "retinaray.config.inference_schema:ThresholdsJob",
+        "retinaray.assembly.thresholds:run_thresholds",
+        "choose score thresholds and NMS for a model without training",
     ),
     "export": Verb(
         "retinaray.config.inference_schema:ExportJob",
@@ -93,6 +103,11 @@ VERBS: dict[str, Verb] = {
         "retinaray.config.inference_schema:InferJob",
         "retinaray.distributed.batch_inference:run_inference",
         "run a model over very many images with Ray Data",
+    ),
+    "anchors": Verb(
+        "retinaray.config.sweep_schema:AnchorsJob",
+        "retinaray.assembly.anchors:run_anchors",
+        "say which ground truth the anchors reach; propose better ones",
     ),
     "doctor": Verb(
         "retinaray.config.inference_schema:DoctorJob",
@@ -157,7 +172,7 @@ def run_verb(verb: str, argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("stopped by Ctrl-C\n")
         return INTERRUPTED
-    if verbosity != "quiet":
+    if request.is_table_wanted:
         sys.stderr.write(f"{outcome.to_text().rstrip()}\n")
         sys.stderr.flush()
     _print(f"{outcome.to_json()}\n")

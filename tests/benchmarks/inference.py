@@ -183,7 +183,7 @@ def measure_tail(
     )
     for found in rounds.outputs.values():
         assert len(found) == BATCH
-        assert all(0 < len(item) <= settings.max_detections for item in found)
+        assert all(0 < len(item) <= card.max_detections for item in found)
     return make_records(
         f"inference/nms_tail/{name}",
         rounds,

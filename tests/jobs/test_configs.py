@@ -23,8 +23,8 @@ def _job_class(path: Path) -> type[Job]:
 
 
 def test_all_files_are_seen() -> None:
-    assert len(ALL_YAMLS) == 5
-    assert [path.stem for path in ALL_SCRIPTS] == ["evaluate", "export", "infer", "train"]
+    assert len(ALL_YAMLS) == 6
+    assert [path.stem for path in ALL_SCRIPTS] == ["evaluate", "export", "infer", "train", "tune"]
 
 
 @pytest.mark.parametrize("path", ALL_YAMLS, ids=lambda path: path.name)

@@ -58,12 +58,41 @@ def test_metadata_give_an_equal_card_back(make_tiny_card: Callable[..., ModelCar
         canvas=(100, 132),
         score_thresholds=(0.1, 0.7000000000000001),
         nms_iou=0.45,
+        nms_kind="agnostic",
+        max_detections=17,
         training={"data": {"classes": None, "size": [3, 4]}, "lr": 1e-30},
     )
     metadata = card.to_metadata()
     assert all(key.startswith("retinaray.") for key in metadata)
     assert all(isinstance(text, str) and text.isascii() for text in metadata.values())
     assert ModelCard.from_metadata(metadata | {"other": "x"}, source="f") == card
+
+
+def test_from_metadata_reads_files_that_are_older_than_the_nms_kind(tiny_card: ModelCard) -> None:
+    newer = {METADATA_PREFIX + key for key in ("nms_kind", "max_detections")}
+    metadata = tiny_card.to_metadata()
+    assert newer < set(metadata)
+    older = {key: text for key, text in metadata.items() if key not in newer}
+    card = ModelCard.from_metadata(older, source="old.pth")
+    assert (card.nms_kind, card.max_detections) == ("class", 100)
+    assert card == tiny_card
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "message"),
+    [
+        ("nms_kind", '"soft"', r"f\.pth: .*nms_kind='soft'.*newer version"),
+        ("nms_kind", "[]", r"f\.pth: .*nms_kind=\[\]"),
+        ("max_detections", "0", r"f\.pth: .*max_detections=0.*at least 1"),
+        ("max_detections", "null", r"f\.pth: its retinaray metadata are damaged: TypeError"),
+    ],
+)
+def test_from_metadata_refuses_a_suppression_that_it_does_not_know(
+    tiny_card: ModelCard, key: str, text: str, message: str
+) -> None:
+    metadata = tiny_card.to_metadata() | {METADATA_PREFIX + key: text}
+    with pytest.raises(CheckpointError, match=message):
+        ModelCard.from_metadata(metadata, source="f.pth")
 
 
 def test_read_weights_gives_card_and_network_back(

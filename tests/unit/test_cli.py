@@ -94,6 +94,7 @@ def test_main_hands_on_the_exit_code_of_the_outcome(runner: FakeRunner) -> None:
         ([], ["INFO working", "WARNING odd image", "mAP"], ["details"]),
         (["-v"], ["DEBUG details", "INFO working", "WARNING odd image", "mAP"], []),
         (["--quiet"], ["WARNING odd image"], ["working", "details", "mAP"]),
+        (["--json"], ["INFO working", "WARNING odd image"], ["details", "mAP"]),
     ],
 )
 def test_main_logs_plain_lines_on_stderr_when_it_is_no_terminal(
@@ -227,7 +228,7 @@ def test_main_lists_every_verb_in_one_line(
     assert text.startswith(f"retinaray {__version__}: ")
     lines = re.findall(r"^  ([a-z]+) +(\S.*)$", text, flags=re.MULTILINE)
     assert lines == [(name, verb.help) for name, verb in cli.VERBS.items()]
-    assert len(lines) == 6
+    assert len(lines) == 9
 
 
 def test_main_prints_the_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,7 +239,7 @@ def test_main_prints_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "no command came; expected one of train, evaluate"),
+        ([], "no command came; expected one of train, tune, evaluate"),
         (["trian"], "trian: no such command; expected one of .*; nearest: train$"),
         (["zzz"], "zzz: no such command; expected one of .*demo$"),
         (["--master", "host:29500", "train"], "--master: not needed, Ray connects the workers"),

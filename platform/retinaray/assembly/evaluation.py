@@ -5,23 +5,34 @@ from __future__ import annotations
 import json
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from retinaray.artifact import ModelCard, model_kind, read_weights
 from retinaray.assembly.reading import (
     make_predictor_settings,
     make_read_settings,
     make_reader,
     read_json,
 )
+from retinaray.assembly.threshold_choice import describe_point
 from retinaray.config.schema import EvaluateJob
 from retinaray.data.coco import load_coco
 from retinaray.errors import DatasetError
+from retinaray.evaluation.candidates import DetectionSetting, apply_setting
 from retinaray.evaluation.coco_map import CocoScores, evaluate_detections
+from retinaray.evaluation.operating_points import (
+    DEFAULT_THRESHOLD,
+    OperatingPoint,
+    measure_thresholds,
+)
+from retinaray.inference.candidate_collection import collect_candidates, make_candidate_settings
 from retinaray.inference.manifest import list_sources
+from retinaray.inference.onnx_contract import read_onnx_card
 from retinaray.inference.pipeline import ImageResult, detect_images
-from retinaray.inference.predictor import load_predictor
+from retinaray.inference.predictor import Predictor, load_predictor
 from retinaray.machine import count_cores
+from retinaray.reporting.point_table import render_points
 from retinaray.reporting.score_table import render_scores
 from retinaray.storage import Storage
 
@@ -38,6 +49,8 @@ class EvaluateOutcome:
         scores: COCO's numbers.
         num_errors: Images that could not be read; they count as images without detections.
         images_per_s: From the first image to the last, reading included; 0 for a detections file.
+        points: What the thresholds stored in the model give; empty when they are no more than the
+            default, or the caller has a threshold of their own.
         exit_code: 0.
     """
 
@@ -46,6 +59,7 @@ class EvaluateOutcome:
     scores: CocoScores
     num_errors: int
     images_per_s: float
+    points: tuple[OperatingPoint, ...] = ()
     exit_code: int = 0
 
     def to_json(self) -> str:
@@ -57,6 +71,7 @@ class EvaluateOutcome:
                 "images_per_s": self.images_per_s,
                 "num_errors": self.num_errors,
                 **self.scores.to_dict(),
+                "operating_points": {point.name: describe_point(point) for point in self.points},
             }
         )
 
@@ -65,11 +80,41 @@ class EvaluateOutcome:
         speed = f"  {self.images_per_s:.1f} img/s ({self.backend})" if self.backend else ""
         errors = f"  {self.num_errors} UNREADABLE" if self.num_errors else ""
         head = f"{self.scores.num_images} images, {self.scores.num_detections} detections"
-        return f"{head}{errors}{speed}\n{render_scores(self.scores)}"
+        lines = [f"{head}{errors}{speed}", render_scores(self.scores)]
+        if self.points:
+            lines += ["operating points: the thresholds stored in the model, IoU 0.5"]
+            lines += [render_points(self.points)]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a model found in the images.
+
+    Attributes:
+        detections: COCO results that AP is computed from.
+        accepted: Those at the model's own thresholds; none = they are the same.
+        failed: Images that could not be read.
+        num_images: All images.
+        elapsed_s: From the first to the last.
+    """
+
+    detections: list[dict[str, object]]
+    accepted: list[dict[str, object]] | None
+    failed: list[ImageResult]
+    num_images: int
+    elapsed_s: float
 
 
 def run_evaluation(job: EvaluateJob) -> EvaluateOutcome:
     """Score a model, or a detections file.
+
+    AP needs the low-scored detections: they are what its curve ends with. A model whose card holds
+    operating points of, say, 0.4 would lose AP if it were scored at them, and seem worse than the
+    same weights before the points were chosen. So without a threshold from the caller AP is
+    computed down to 0.05, or to the card's threshold where that is lower, and precision and recall
+    at the card's own thresholds are reported beside it. `--output` holds what AP was computed
+    from.
 
     Raises:
         DatasetError: If annotations or detections cannot be used, or no image could be read.
@@ -81,13 +126,7 @@ def run_evaluation(job: EvaluateJob) -> EvaluateOutcome:
     truth = json.loads(content)
     if job.model.endswith(".json"):
         return _score_file(job, truth)
-    predictor, reason = load_predictor(
-        make_reader(job.reading)(job.model),
-        uri=job.model,
-        backend=job.backend,
-        settings=make_predictor_settings(job.detection, batch=job.batch, threads=count_cores()),
-    )
-    logger.info("backend %s: %s", predictor.backend, reason)
+    predictor, is_apart = _load_predictor(job)
     if predictor.card.categories != categories:
         logger.warning(
             "the model was trained for other categories than %s has: %s against %s",
@@ -95,6 +134,53 @@ def run_evaluation(job: EvaluateJob) -> EvaluateOutcome:
             predictor.card.categories.names[:5],
             categories.names[:5],
         )
+    found = (_detect_twice if is_apart else _detect)(job, predictor, truth)
+    _report_failures(found.failed, found.num_images)
+    if job.output is not None:
+        Storage(endpoint_url=job.reading.endpoint_url).write_bytes(
+            job.output, json.dumps(found.detections).encode()
+        )
+    scores = _score(truth, found.detections, job.annotations)
+    points: tuple[OperatingPoint, ...] = ()
+    if found.accepted is not None:
+        points = measure_thresholds(
+            predictor.card.categories, predictor.card.score_thresholds, found.accepted, truth
+        )
+    return EvaluateOutcome(
+        model=job.model,
+        backend=predictor.backend,
+        scores=scores,
+        num_errors=len(found.failed),
+        images_per_s=round(found.num_images / found.elapsed_s, 2),
+        points=points,
+    )
+
+
+def _load_predictor(job: EvaluateJob) -> tuple[Predictor, bool]:
+    """The model, and whether AP and its card want different thresholds.
+
+    Then it is loaded for raw candidates, down to the lowest threshold that AP wants.
+    """
+    content = make_reader(job.reading)(job.model)
+    settings = make_predictor_settings(job.detection, batch=job.batch, threads=count_cores())
+    thresholds = _read_card(content, job.model).score_thresholds
+    is_apart = job.detection.score_threshold is None and max(thresholds) > DEFAULT_THRESHOLD
+    if is_apart:
+        settings = make_candidate_settings(settings, floor=min(DEFAULT_THRESHOLD, *thresholds))
+    predictor, reason = load_predictor(
+        content, uri=job.model, backend=job.backend, settings=settings
+    )
+    logger.info("backend %s: %s", predictor.backend, reason)
+    return predictor, is_apart
+
+
+def _read_card(content: bytes, uri: str) -> ModelCard:
+    if model_kind(uri) == "onnx":
+        return read_onnx_card(content, uri=uri)[0]
+    return read_weights(content, source=uri)[0]
+
+
+def _detect(job: EvaluateJob, predictor: Predictor, truth: Any) -> _Found:
     start = time.monotonic()
     results = list(
         detect_images(
@@ -105,20 +191,46 @@ def run_evaluation(job: EvaluateJob) -> EvaluateOutcome:
             settings=make_read_settings(job.reading),
         )
     )
-    elapsed_s = time.monotonic() - start
-    failed = [result for result in results if result.error]
-    _report_failures(failed, len(results))
-    detections = [detection for result in results for detection in result.coco_results]
-    if job.output is not None:
-        Storage(endpoint_url=job.reading.endpoint_url).write_bytes(
-            job.output, json.dumps(detections).encode()
-        )
-    return EvaluateOutcome(
-        model=job.model,
-        backend=predictor.backend,
-        scores=_score(truth, detections, job.annotations),
-        num_errors=len(failed),
-        images_per_s=round(len(results) / elapsed_s, 2),
+    return _Found(
+        detections=[detection for result in results for detection in result.coco_results],
+        accepted=None,
+        failed=[result for result in results if result.error],
+        num_images=len(results),
+        elapsed_s=time.monotonic() - start,
+    )
+
+
+def _detect_twice(job: EvaluateJob, predictor: Predictor, truth: Any) -> _Found:
+    """One pass of the network, read at AP's thresholds and at the card's."""
+    card, asked = predictor.card, job.detection
+    start = time.monotonic()
+    candidates, failed = collect_candidates(
+        predictor,
+        list_sources(job.images, truth, Storage(endpoint_url=job.reading.endpoint_url)),
+        read=make_reader(job.reading),
+        batch=job.batch,
+        settings=make_read_settings(job.reading),
+        floor=min(DEFAULT_THRESHOLD, *card.score_thresholds),
+    )
+    stored = DetectionSetting(
+        score_thresholds=card.score_thresholds,
+        nms_iou=card.nms_iou if asked.nms_iou is None else asked.nms_iou,
+        nms_kind=card.nms_kind if asked.nms_kind is None else asked.nms_kind,
+        max_detections=card.max_detections
+        if asked.max_detections is None
+        else asked.max_detections,
+    )
+    lowered = tuple(min(DEFAULT_THRESHOLD, value) for value in card.score_thresholds)
+    detections, accepted = (
+        apply_setting(candidates, setting, card.categories)
+        for setting in (replace(stored, score_thresholds=lowered), stored)
+    )
+    return _Found(
+        detections=detections,
+        accepted=accepted,
+        failed=failed,
+        num_images=len(candidates) + len(failed),
+        elapsed_s=time.monotonic() - start,
     )
 
 

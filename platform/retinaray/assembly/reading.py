@@ -41,6 +41,7 @@ def make_predictor_settings(
         score_threshold=detection.score_threshold,
         nms_iou=detection.nms_iou,
         max_detections=detection.max_detections,
+        nms_kind=detection.nms_kind,
     )
 
 

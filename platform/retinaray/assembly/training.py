@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from retinaray.artifact import Architecture, ModelCard
+from retinaray.artifact import Architecture, ModelCard, hash_content
 from retinaray.assembly.provenance import collect_versions
 from retinaray.assembly.reading import absolute_uri, make_reader
 from retinaray.config.loading import load_from_dict, to_dict
-from retinaray.config.schema import TrainJob
+from retinaray.config.schema import AnchorConfig, TrainJob
 from retinaray.data.augmentation import AugmentSettings
 from retinaray.data.batching import Batch, StreamSampler, TrainingDataset, collate_samples
 from retinaray.data.coco import CocoDataset, load_coco
@@ -23,7 +24,7 @@ from retinaray.data.transforms import choose_canvas
 from retinaray.detector.anchors import AnchorSpec
 from retinaray.detector.backbone import load_backbone_state
 from retinaray.detector.retinanet import RetinaNet
-from retinaray.errors import CheckpointError, DatasetError
+from retinaray.errors import CheckpointError, ConfigError, DatasetError
 from retinaray.training.loop import LoopSettings, plan_checkpoints
 from retinaray.training.pretrained import read_backbone_weights
 from retinaray.training.schedule import Schedule
@@ -102,13 +103,22 @@ def read_inputs(job: TrainJob) -> TrainingInputs:
                 f"{data.val_annotations} has other categories than {data.annotations}: "
                 f"{_differing(train, val)}; both need the same ids and names"
             )
-    canvas = data.size or choose_canvas(
+    return TrainingInputs(train=train, val=val, canvas=choose_job_canvas(job, train))
+
+
+def choose_job_canvas(job: TrainJob, train: CocoDataset) -> tuple[int, int]:
+    """Network height and width of a training on these images; at least one."""
+    return job.data.size or choose_canvas(
         np.array([record.height for record in train.images]),
         np.array([record.width for record in train.images]),
-        resize=data.resize,
-        max_size=data.max_size,
+        resize=job.data.resize,
+        max_size=job.data.max_size,
     )
-    return TrainingInputs(train=train, val=val, canvas=canvas)
+
+
+def hash_settings(job: TrainJob) -> str:
+    """SHA-256 of a training's resolved settings, in hexadecimal."""
+    return hash_content(json.dumps(to_dict(job), sort_keys=True).encode())
 
 
 def _differing(train: CocoDataset, val: CocoDataset) -> str:
@@ -120,11 +130,41 @@ def _differing(train: CocoDataset, val: CocoDataset) -> str:
     )
 
 
+def check_objective(job: TrainJob, inputs: TrainingInputs) -> None:
+    """Refuse an objective that no validation will report.
+
+    Raises:
+        ConfigError: If there is no validation set, or the class is not in it.
+    """
+    objective, price = job.run.objective, job.run.latency_price
+    if inputs.val is None and (objective != "AP" or price > 0):
+        raise ConfigError(
+            f"run.objective={objective}, run.latency_price={price:g} without data.val_annotations: "
+            "nothing would be measured; give --val-annotations"
+        )
+    names = inputs.train.categories.names
+    if objective.startswith("AP/") and objective.removeprefix("AP/") not in names:
+        raise ConfigError(
+            f"run.objective={objective}: no such class; expected AP/ and one of "
+            f"{', '.join(names[:20])}{', ...' if len(names) > 20 else ''}"
+        )
+
+
 def count_steps(job: TrainJob, num_images: int) -> int:
     """Optimizer steps of the whole training."""
     if job.run.iters is not None:
         return job.run.iters
     return -(-(job.run.epochs or DEFAULT_EPOCHS) * num_images // job.run.batch)
+
+
+def make_anchor_spec(anchors: AnchorConfig) -> AnchorSpec:
+    """The anchors of a training or a sweep."""
+    return AnchorSpec(
+        scales=anchors.scales,
+        ratios=anchors.ratios,
+        strides=anchors.strides,
+        convention=anchors.convention,
+    )
 
 
 def make_card(job: TrainJob, inputs: TrainingInputs, *, run_id: str) -> tuple[ModelCard, RetinaNet]:
@@ -142,7 +182,6 @@ def make_card(job: TrainJob, inputs: TrainingInputs, *, run_id: str) -> tuple[Mo
     norm = job.model.norm
     if norm == "auto":
         norm = "gn" if state is None else "frozen_bn"
-    strides = (4, 8, 16, 32, 64, 128) if job.model.use_p2 else (8, 16, 32, 64, 128)
     card = ModelCard(
         architecture=Architecture(
             backbone=job.model.backbone,
@@ -151,12 +190,7 @@ def make_card(job: TrainJob, inputs: TrainingInputs, *, run_id: str) -> tuple[Mo
             head_depth=job.model.head_depth,
             stride_in_1x1=stride_in_1x1,
         ),
-        anchors=AnchorSpec(
-            scales=job.anchors.scales,
-            ratios=job.anchors.ratios,
-            strides=strides,
-            convention=job.anchors.convention,
-        ),
+        anchors=make_anchor_spec(job.anchors),
         categories=inputs.train.categories,
         canvas=inputs.canvas,
         score_thresholds=(DEFAULT_SCORE_THRESHOLD,) * len(inputs.train.categories),

@@ -21,6 +21,7 @@ SWITCHES: Mapping[str, str] = {
     "--verbose": "verbose",
     "-q": "quiet",
     "--quiet": "quiet",
+    "--json": "json",
 }
 _CONFIG = "--config"
 _CHANGE = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*)=(.*)", re.DOTALL)
@@ -196,6 +197,10 @@ class _Scanner:
         if option is not None:
             values = _split_list(value) if option.shape.is_list else value
             self._change(option, values, key)
+            return
+        owner = self._table.by_path.get((key.partition(".")[0],))
+        if owner is not None and owner.shape.kind == "mapping":
+            self._fault(f"{token}: expected {owner.shape.expected} under `{owner.key}`")
             return
         nearest = self._table.nearest(key)
         hint = f"nearest: {nearest}" if nearest else f"for a file of this name write ./{token}"

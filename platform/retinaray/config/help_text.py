@@ -17,6 +17,7 @@ _COMMON = (
     (("--print-config",), None, "Print the resolved settings as YAML and exit."),
     (("-v", "--verbose"), None, "Log more; show tracebacks."),
     (("-q", "--quiet"), None, "Log warnings and errors only."),
+    (("--json",), None, "Only the JSON line on standard output, no table for people."),
     (("-h", "--help"), None, "Show this text and exit."),
 )
 
@@ -139,6 +140,8 @@ def _metavar(option: Option) -> str:
     if option.shape.kind == "choice":
         choices = "{" + ",".join(option.shape.choices) + "}"
         return choices if len(choices) <= _MAX_INLINE_CHOICES else "NAME"
+    if option.shape.kind == "mapping":
+        return "(YAML only)"
     if option.flag is not None and option.flag.unit == "px":
         name = "PX"
     else:

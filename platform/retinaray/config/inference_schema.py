@@ -1,4 +1,4 @@
-"""Every setting of `evaluate`, `export`, `infer`, `doctor` and `demo`, as typed, frozen trees."""
+"""Every setting of the commands that use a trained model, and of `doctor` and `demo`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from retinaray.config.nodes import (
     Location,
     ReadingConfig,
     Size,
+    expect_rule,
     require,
 )
 
@@ -48,10 +49,13 @@ class DetectionConfig(Config):
     nms_iou: Annotated[float | None, Field(gt=0, le=1), Flag("--nms-iou", unit="IoU")] = None
     """Of two boxes of one class that overlap more than this the better one stays; none = the
     model's (0.5)."""
+    nms_kind: Annotated[Literal["class", "agnostic", "none"] | None, Flag("--nms")] = None
+    """Which boxes suppress each other: those of one class, all, or none; none given = the model's
+    (class)."""
     max_detections: Annotated[
-        int, Field(ge=1, le=3839), Flag("--max-detections", unit="per image")
-    ] = 100
-    """Detections kept per image."""
+        int | None, Field(ge=1, le=3839), Flag("--max-detections", unit="per image")
+    ] = None
+    """Detections kept per image; none = the model's (100)."""
 
     @model_validator(mode="after")
     def _check_fields_together(self) -> DetectionConfig:
@@ -206,3 +210,41 @@ class DemoJob(Job):
     """Training length; none = chosen for a few minutes on two cores."""
     workers: Annotated[int, Field(ge=1, le=64), Flag("--workers", unit="workers")] = 2
     """Ray workers for training and inference."""
+
+
+class ThresholdsJob(Job):
+    """Choose thresholds and NMS for a trained model on validation images, without training."""
+
+    verb: ClassVar[str] = "thresholds"
+    examples: ClassVar[tuple[str, ...]] = (
+        "retinaray thresholds model.pth --images data/val --annotations data/val.json "
+        "--output tuned.pth",
+        "retinaray thresholds model.pth --images data/val --annotations data/val.json "
+        "--rule precision=0.9 --test-images data/test --test-annotations data/test.json",
+    )
+
+    model: Annotated[Location, Flag("model", metavar="MODEL")]
+    """.pth or .onnx file."""
+    images: Annotated[Location, Flag("--images", metavar="DIR|s3://")] = "."
+    """Folder or S3 prefix of the validation images."""
+    annotations: Annotated[Location, Flag("--annotations", metavar="FILE")]
+    """COCO JSON of the validation set, on which the thresholds are chosen."""
+    test_images: Annotated[Location | None, Flag("--test-images", metavar="DIR|s3://")] = None
+    """Folder of the test images; none = --images."""
+    test_annotations: Annotated[Location | None, Flag("--test-annotations", metavar="FILE")] = None
+    """COCO JSON of the test set, on which the chosen thresholds are reported."""
+    rule: Annotated[Location, AfterValidator(expect_rule), Flag("--rule", metavar="RULE")] = "f1"
+    """Operating point per class: f1 (best F1), precision=P or recall=R (reached with as much as
+    possible of the other), fppi=X (false positives per image at most)."""
+    output: Annotated[Location | None, Flag("--output", metavar="MODEL")] = None
+    """Write the model there with the chosen thresholds and NMS inside."""
+    table: Annotated[Location | None, Flag("--table", metavar="FILE.csv")] = None
+    """Write every setting that was tried and its AP."""
+    plots: Annotated[Location | None, Flag("--plots", metavar="DIR")] = None
+    """Folder for the pictures: AP against threshold, PR curves with the chosen points."""
+    backend: Annotated[BackendName, Flag("--backend")] = "auto"
+    """Runtime; auto picks by file and hardware, and says what it picked."""
+    batch: Annotated[int, Field(ge=1, le=1024), Flag("--batch", unit="images")] = 4
+    """Images per network call."""
+    detection: DetectionConfig = DetectionConfig()
+    reading: ReadingConfig = ReadingConfig()

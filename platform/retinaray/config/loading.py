@@ -34,11 +34,13 @@ class Request(Generic[JobT]):
         job: The settings to run with; None when only a text was asked for.
         printout: Text for stdout after `--help` or `--print-config`; empty when there is a job.
         verbosity: How much to log.
+        is_table_wanted: Whether the result is also written for people.
     """
 
     job: JobT | None
     printout: str = ""
     verbosity: Verbosity = "normal"
+    is_table_wanted: bool = True
 
 
 def read_request(job_class: type[JobT], argv: Sequence[str], *, epilog: str = "") -> Request[JobT]:
@@ -74,7 +76,8 @@ def read_request(job_class: type[JobT], argv: Sequence[str], *, epilog: str = ""
         raise ConfigError("\n".join(faults))
     if "print-config" in line.switches:
         return Request(None, printout=to_yaml(job))
-    return Request(job, verbosity=_read_verbosity(line))
+    is_table_wanted = not {"quiet", "json"} & line.switches
+    return Request(job, verbosity=_read_verbosity(line), is_table_wanted=is_table_wanted)
 
 
 def load_from_argv(job_class: type[JobT], argv: Sequence[str]) -> JobT:

@@ -5,6 +5,7 @@ It knows nothing about any particular job.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -72,6 +73,27 @@ def _square_from_one_side(value: object) -> object:
 def _expect_address(value: str) -> str:
     if not value.startswith(("http://", "https://")):
         raise ValueError("expected an address that starts with http:// or https://")
+    return value
+
+
+def expect_rule(value: str) -> str:
+    """Check the text of an operating-point rule: f1, precision=P, recall=R or fppi=X.
+
+    Raises:
+        ValueError: If it is none of these, or its number is out of range.
+    """
+    name, equals, text = value.partition("=")
+    if value == "f1":
+        return value
+    limits = {"precision": 1.0, "recall": 1.0, "fppi": math.inf}
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if name not in limits or not equals or not 0 < number <= limits[name]:
+        raise ValueError(
+            "expected f1, precision=P or recall=R with a number in (0, 1], or fppi=X with X > 0"
+        )
     return value
 
 

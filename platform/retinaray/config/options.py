@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from retinaray.config.nodes import Config, Flag
 
-Kind = Literal["bool", "int", "float", "text", "choice"]
+Kind = Literal["bool", "int", "float", "text", "choice", "mapping"]
 
 _KINDS: Mapping[object, Kind] = {bool: "bool", int: "int", float: "float", str: "text"}
 _ONE: Mapping[Kind, str] = {
@@ -24,6 +24,7 @@ _ONE: Mapping[Kind, str] = {
     "int": "a whole number",
     "float": "a number",
     "text": "a text that is not empty",
+    "mapping": "a section of the file of --config, with a key per entry",
 }
 _MANY: Mapping[Kind, str] = {"int": "whole numbers", "float": "numbers", "text": "texts"}
 _ENOUGH_ALIKE = 0.7
@@ -235,6 +236,8 @@ def _read_shape(field: FieldInfo) -> ValueShape:
     inner, metadata, is_optional = _peel(field.annotation, list(field.metadata))
     if get_origin(inner) is Literal:
         return ValueShape("choice", is_optional=is_optional, choices=get_args(inner))
+    if get_origin(inner) is dict:
+        return ValueShape("mapping", is_optional=is_optional)
     if get_origin(inner) is not tuple:
         return ValueShape(_KINDS[inner], is_optional=is_optional, bounds=_describe_bounds(metadata))
     elements = get_args(inner)

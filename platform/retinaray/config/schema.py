@@ -9,6 +9,7 @@ from retinaray.config.inference_schema import (
     EvaluateJob,
     ExportJob,
     InferJob,
+    ThresholdsJob,
 )
 from retinaray.config.nodes import (
     BackboneName,
@@ -19,6 +20,7 @@ from retinaray.config.nodes import (
     ReadingConfig,
     Size,
 )
+from retinaray.config.sweep_schema import AnchorsJob, SweepConfig, TuneJob
 from retinaray.config.training_schema import (
     AnchorConfig,
     AugmentConfig,
@@ -33,6 +35,7 @@ from retinaray.config.training_schema import (
 __all__ = [
     "JOBS",
     "AnchorConfig",
+    "AnchorsJob",
     "AugmentConfig",
     "BackboneName",
     "BackendName",
@@ -50,10 +53,23 @@ __all__ = [
     "OptimConfig",
     "ReadingConfig",
     "Size",
+    "SweepConfig",
+    "ThresholdsJob",
     "TrainDataConfig",
     "TrainJob",
     "TrainRunConfig",
+    "TuneJob",
 ]
 
-JOBS: tuple[type[Job], ...] = (TrainJob, EvaluateJob, ExportJob, InferJob, DoctorJob, DemoJob)
+JOBS: tuple[type[Job], ...] = (
+    TrainJob,
+    TuneJob,
+    EvaluateJob,
+    ThresholdsJob,
+    ExportJob,
+    InferJob,
+    AnchorsJob,
+    DoctorJob,
+    DemoJob,
+)
 """Every job class, in the order of the verbs in `retinaray --help`."""

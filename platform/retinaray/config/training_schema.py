@@ -9,7 +9,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from retinaray.config.nodes import (
     BackboneName,
@@ -23,6 +23,28 @@ from retinaray.config.nodes import (
 )
 
 Positive = Annotated[float, Field(gt=0)]
+METRICS = (
+    "AP",
+    "AP50",
+    "AP75",
+    "AP_small",
+    "AP_medium",
+    "AP_large",
+    "AR_1",
+    "AR_10",
+    "AR_100",
+    "AR_small",
+    "AR_medium",
+    "AR_large",
+)
+"""COCO's twelve numbers, by the names in which they are reported."""
+LevelsName = Literal["3-7", "2-7"]
+
+
+def _expect_metric(value: str) -> str:
+    if value not in METRICS and not (value.startswith("AP/") and len(value) > len("AP/")):
+        raise ValueError(f"expected one of {', '.join(METRICS)}, or a class's AP as in AP/car")
+    return value
 
 
 class ModelConfig(Config):
@@ -46,8 +68,6 @@ class ModelConfig(Config):
     """Width of the pyramid and of both heads."""
     head_depth: Annotated[int, Field(ge=0, le=8), Flag("--head-depth", unit="convolutions")] = 4
     """3x3 convolutions in each head before the output layer."""
-    use_p2: Annotated[bool, Flag("--p2")] = False
-    """Add the stride-4 level for very small objects (4x the anchors)."""
 
 
 class AnchorConfig(Config):
@@ -65,11 +85,19 @@ class AnchorConfig(Config):
         Flag("--anchor-ratios", unit="height/width"),
     ] = (1.0, 2.0, 0.5)
     """Aspect ratios, height over width."""
+    levels: Annotated[LevelsName, Flag("--levels")] = "3-7"
+    """Pyramid levels with anchors; 2-7 adds stride 4 for very small objects (4x the anchors)."""
     convention: Annotated[Literal["centered", "odtk", "odtk-legacy"], Flag("--anchors")] = (
         "centered"
     )
     """Where an anchor lies in its cell; odtk and odtk-legacy reproduce the two generations of
     ODTK weights."""
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels per cell of each level."""
+        first, last = (int(level) for level in self.levels.split("-"))
+        return tuple(2**level for level in range(first, last + 1))
 
 
 class TrainDataConfig(Config):
@@ -249,6 +277,16 @@ class TrainRunConfig(Config):
     """Stop after this many validations without a better AP; 0 = never."""
     log_every: Annotated[int, Field(ge=1), Flag("--log-every", unit="steps")] = 10
     """Steps between two progress reports."""
+    objective: Annotated[
+        Location, AfterValidator(_expect_metric), Flag("--objective", metavar="METRIC")
+    ] = "AP"
+    """What the kept weights are best at: one of COCO's twelve numbers (AP, AP50, AP_small, AR_100,
+    ...) or a class's AP, as in AP/car."""
+    latency_price: Annotated[float, Field(ge=0), Flag("--latency-price", unit="per ms")] = 0.0
+    """Taken off the objective for each millisecond that one image takes on the training device; 0 =
+    speed does not count."""
+    strict_anchors: Annotated[bool, Flag("--strict-anchors")] = False
+    """Refuse to train when more than 1 % of the ground truth has no anchor with IoU 0.5."""
     max_failures: Annotated[int, Field(ge=0), Flag("--max-failures")] = 3
     """Worker failures that are survived by going back to the last checkpoint."""
     override: Annotated[bool, Flag("--override")] = False

@@ -6,6 +6,7 @@ anchors per cell.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -167,3 +168,13 @@ def make_anchors(
         shifts = torch.stack((grid_x, grid_y, grid_x, grid_y), dim=-1).reshape(-1, 1, 4)
         levels.append((shifts + cell).reshape(-1, 4))
     return torch.cat(levels)
+
+
+def hash_anchors(anchors_xyxy: Float[Tensor, "A 4"]) -> str:
+    """SHA-256 of anchors, in hexadecimal: two trainings with the same anchors have the same.
+
+    Args:
+        anchors_xyxy: As `make_anchors` gives them, on any device.
+    """
+    values = anchors_xyxy.detach().to(device="cpu", dtype=torch.float32).contiguous()
+    return hashlib.sha256(values.numpy().astype("<f4").tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""From raw outputs to detections: candidates by score, then per-class suppression.
+"""From raw outputs to detections: candidates by score, then suppression of overlaps.
 
 `select_candidates` is also the tail of the exported graph, so it uses fixed shapes only. Letters: N
 images, A anchors, K classes, D candidates or detections.
@@ -8,13 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torchvision.ops import batched_nms
+from torchvision.ops import nms
 
 from retinaray.detector.box_coding import clip_boxes, decode_boxes
+
+NmsKind = Literal["class", "agnostic", "none"]
+"""Which boxes compete: those of one class, those of all classes, or none with any other."""
+NMS_KINDS: tuple[NmsKind, ...] = ("class", "agnostic", "none")
+
+# Classes are kept apart by shifting their boxes by more than any canvas is wide. A fixed power of
+# two, so that the rounding of one box does not depend on which others are there: what is kept above
+# a score is then the same whether or not lower scores were among the candidates.
+_CLASS_STRIDE_PX = 2.0**15
 
 
 @dataclass(frozen=True)
@@ -109,26 +119,36 @@ def suppress_overlaps(
     score_thresholds: Float[Tensor, " K"],
     nms_iou: float = 0.5,
     max_detections: int = 100,
+    nms_kind: NmsKind = "class",
 ) -> list[Detections]:
-    """Keep the best box of each heap, class by class and image by image.
+    """Keep the best box of each heap, image by image.
 
     Args:
-        boxes_xyxy: Candidates of each image.
+        boxes_xyxy: Candidates of each image, on a canvas of at most 32768 pixels a side.
         scores: Their scores.
         labels: Their class indices.
         score_thresholds: A candidate must score above its class's threshold.
-        nms_iou: Of two boxes of one class with a larger IoU the better stays.
+        nms_iou: Of two boxes that compete and have a larger IoU the better stays.
         max_detections: Detections to keep per image.
+        nms_kind: `class`: boxes of one class compete; `agnostic`: all do; `none`: thresholds and
+            `max_detections` only.
 
     Returns:
-        Detections of each image by falling score; empty where nothing passes.
+        Detections of each image by falling score, equal scores in the order of the candidates;
+        empty where nothing passes.
+
+    Raises:
+        ValueError: If nms_kind is another word.
     """
+    if nms_kind not in NMS_KINDS:
+        raise ValueError(f"nms_kind: expected one of {', '.join(NMS_KINDS)}, got {nms_kind!r}")
     return [
         _suppress_image(
             *candidates,
             score_thresholds=score_thresholds,
             nms_iou=nms_iou,
             max_detections=max_detections,
+            nms_kind=nms_kind,
         )
         for candidates in zip(boxes_xyxy, scores, labels, strict=True)
     ]
@@ -142,10 +162,19 @@ def _suppress_image(
     score_thresholds: Float[Tensor, " K"],
     nms_iou: float,
     max_detections: int,
+    nms_kind: NmsKind,
 ) -> Detections:
     labels = labels.long()
     has_area = (boxes_xyxy[:, 2:] > boxes_xyxy[:, :2]).all(-1)
     passing = (scores > score_thresholds[labels]) & has_area
     boxes_xyxy, scores, labels = boxes_xyxy[passing], scores[passing], labels[passing]
-    kept = batched_nms(boxes_xyxy, scores, labels, nms_iou)[:max_detections]
+    if nms_kind == "none":
+        kept = scores.argsort(descending=True, stable=True)
+    else:
+        # float32 would round a box that was shifted by many classes to hundredths of a pixel.
+        apart = boxes_xyxy.double()
+        if nms_kind == "class":
+            apart = apart + (labels * _CLASS_STRIDE_PX)[:, None]
+        kept = nms(apart, scores.double(), nms_iou)
+    kept = kept[:max_detections]
     return Detections(boxes_xyxy=boxes_xyxy[kept], scores=scores[kept], labels=labels[kept])

@@ -12,14 +12,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from retinaray.assembly.coverage_check import check_coverage
 from retinaray.assembly.provenance import collect_versions, make_run_id
 from retinaray.assembly.reading import make_reader
-from retinaray.assembly.training import TrainingInputs, count_steps, read_inputs, resolve_paths
+from retinaray.assembly.training import (
+    TrainingInputs,
+    check_objective,
+    count_steps,
+    read_inputs,
+    resolve_paths,
+)
 from retinaray.config.loading import to_dict
 from retinaray.config.schema import TrainJob
 from retinaray.distributed.resources import WorkerPlan, connect, plan_training
 from retinaray.distributed.run_settings import compare_settings
-from retinaray.errors import ClusterError, ConfigError
+from retinaray.errors import ConfigError
 from retinaray.reporting.training_log import TrainingLog
 from retinaray.reporting.training_progress import TrainingView
 from retinaray.storage import Storage, is_s3
@@ -27,13 +34,13 @@ from retinaray.training.state import WEIGHTS_FILE
 
 logger = logging.getLogger(__name__)
 
-RAY_RUN_NAME = "ray_train"
 # Settings that may change when a training is resumed: they do not change what is computed.
 _FREE_SETTINGS = (
     "run.override",
     "run.workers",
     "run.max_failures",
     "run.log_every",
+    "run.strict_anchors",
     "data.loader_processes",
     "reading.threads",
 )
@@ -93,8 +100,10 @@ def run_training(job: TrainJob) -> TrainOutcome:
     inputs = read_inputs(job)
     folder = Path(job.output).with_suffix("")
     folder = folder.with_name(folder.name + "_run")
-    record = _open_run(job, folder)
+    check_objective(job, inputs)
     _announce(job, inputs)
+    check_coverage(job, inputs)
+    record = _open_run(job, folder)
     with connect(min_cpus=job.run.workers) as cluster:
         plan = plan_training(job.run.workers, cluster)
         with TrainingLog(folder) as log, TrainingView() as view:
@@ -186,64 +195,18 @@ def _fit(
     log: TrainingLog,
     view: TrainingView,
 ) -> dict[str, Any]:
-    import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    from retinaray.distributed.reporting import follow_events
-    from retinaray.distributed.train_worker import train_worker
+    from retinaray.distributed.train_run import run_workers
 
     def handle(event: dict[str, Any]) -> None:
         log.write(event)
         view.show(event)
 
-    resources = {"CPU": plan.num_cpus, **({"GPU": 1} if plan.num_gpus else {})}
-    with follow_events(handle) as board:
-        trainer = TorchTrainer(
-            train_worker,
-            train_loop_config={
-                "job": to_dict(job),
-                "run_id": record["run_id"],
-                "threads": plan.num_threads,
-                "board": board,
-            },
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=plan.num_workers,
-                use_gpu=bool(plan.num_gpus),
-                resources_per_worker=resources,
-            ),
-            torch_config=TorchConfig(backend="nccl" if plan.num_gpus else "gloo"),
-            run_config=ray.train.RunConfig(
-                name=RAY_RUN_NAME,
-                storage_path=str(folder),
-                failure_config=ray.train.FailureConfig(max_failures=job.run.max_failures),
-                checkpoint_config=ray.train.CheckpointConfig(
-                    num_to_keep=2,
-                    checkpoint_score_attribute="score",
-                    checkpoint_score_order="max",
-                ),
-            ),
-        )
-        try:
-            result = trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            raise ClusterError(f"training failed: {_find_cause(error)}") from error
+    result = run_workers(job, plan, folder=folder, run_id=record["run_id"], handle_event=handle)
     return _keep_weights(result, Path(job.output), folder)
-
-
-def _find_cause(error: BaseException) -> str:
-    """What the first failed worker said, without the stack of processes around it."""
-    failures: Mapping[int, BaseException] = getattr(error, "worker_failures", None) or {}
-    for failure in failures.values():
-        text = str(failure).strip().splitlines()
-        if text:
-            return text[-1]
-    return str(error).strip().splitlines()[0]
 
 
 def _keep_weights(result: Any, output: Path, folder: Path) -> dict[str, Any]:
     """Copy the best weights to the output and the last beside the checkpoints."""
-    if result.checkpoint is None:
-        raise ClusterError(f"the training ended without a checkpoint; see {folder}")
     best = max(result.best_checkpoints, key=lambda pair: pair[1]["score"])
     _copy_weights(result.checkpoint, folder / "last.pth")
     _copy_weights(best[0], output)

@@ -15,10 +15,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from retinaray.artifact import ModelCard, dump_weights
-from retinaray.assembly.reading import make_read_settings, make_reader, read_json
 from retinaray.assembly.training import (
-    TrainingInputs,
     choose_autocast,
+    hash_settings,
     make_card,
     make_loader,
     make_loop_settings,
@@ -27,14 +26,13 @@ from retinaray.assembly.training import (
 )
 from retinaray.config.loading import load_from_dict
 from retinaray.config.schema import TrainJob
-from retinaray.data.coco import resolve_image_uri
+from retinaray.detector.anchors import hash_anchors
 from retinaray.detector.retinanet import RetinaNet
-from retinaray.evaluation.coco_map import CocoScores, evaluate_detections
-from retinaray.inference.pipeline import ImageSource, detect_images
-from retinaray.inference.predictor import PredictorSettings
-from retinaray.inference.torch_backend import TorchPredictor
+from retinaray.distributed.abandonment import leave_when_abandoned
+from retinaray.distributed.validation import Validator, make_validator, rate
+from retinaray.evaluation.candidates import CandidateSet
 from retinaray.training.loop import Progress, run_loop
-from retinaray.training.state import STATE_FILE, WEIGHTS_FILE, TrainingState
+from retinaray.training.state import CANDIDATES_FILE, STATE_FILE, WEIGHTS_FILE, TrainingState
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -42,13 +40,15 @@ def train_worker(config: dict[str, Any]) -> None:
 
     Args:
         config: `job` (a resolved TrainJob as plain values), `run_id`, `threads`, `board` (an
-            EventBoard actor).
+            EventBoard actor), `is_trial` (keep raw candidates, measure the latency).
     """
     torch.set_num_threads(config["threads"])
     job = load_from_dict(TrainJob, config["job"])
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
+    if config["is_trial"]:
+        leave_when_abandoned(config["board"])
     inputs = read_inputs(job)
     card, model = make_card(job, inputs, run_id=config["run_id"])
     model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -57,7 +57,22 @@ def train_worker(config: dict[str, Any]) -> None:
     settings = make_loop_settings(
         job, len(inputs.train), autocast_dtype=choose_autocast(job.run.precision, device)
     )
-    keeper = _Keeper(job, inputs, card, state, config["board"], settings.autocast_dtype)
+    keeper = _Keeper(
+        job=job,
+        num_images=len(inputs.train),
+        card=card,
+        state=state,
+        board=config["board"],
+        validator=make_validator(
+            job,
+            inputs,
+            card,
+            autocast_dtype=settings.autocast_dtype,
+            is_trial=config["is_trial"],
+        ),
+        is_trial=config["is_trial"],
+        proof=_prove(job, model, inputs.canvas),
+    )
 
     def post_progress(progress: Progress) -> None:
         shared = _average_losses(progress, device, world_size)
@@ -121,80 +136,60 @@ class _Keeper:
     """Validates, writes and reports a checkpoint on all workers together."""
 
     job: TrainJob
-    inputs: TrainingInputs
+    num_images: int
     card: ModelCard
     state: TrainingState
     board: Any
-    autocast_dtype: torch.dtype | None
+    validator: Validator | None
+    is_trial: bool
+    proof: dict[str, str]
 
     def keep(self, is_last: bool) -> bool:
         """Make one checkpoint; returns whether the training should stop early."""
-        context = ray.train.get_context()
-        is_due = self.inputs.val is not None
-        scores = self._validate() if is_due else None
-        ap = scores.summary["AP"] if scores else None
-        should_stop = False
-        if is_due:
-            self.state.note_validation(ap)
-            patience = self.job.run.patience
-            should_stop = patience > 0 and self.state.num_stale >= patience and not is_last
-        epoch = self.state.step * self.job.run.batch / len(self.inputs.train)
-        metrics: dict[str, Any] = {"step": self.state.step, "epoch": epoch}
-        if scores:
-            metrics |= scores.summary
+        run, state = self.job.run, self.state
+        metrics: dict[str, Any] = {
+            "step": state.step,
+            "epoch": state.step * run.batch / self.num_images,
+        }
         # Without a validation the newest weights are the best.
-        metrics["score"] = (ap if ap is not None else -1.0) if is_due else float(self.state.step)
-        if context.get_world_rank() != 0:
+        score = float(state.step)
+        should_stop = False
+        validation = None
+        if self.validator is not None:
+            device = next(state.model.parameters()).device
+            validation = self.validator.validate(state.exported_state(), device)
+            metrics |= validation.metrics
+            score = rate(metrics, objective=run.objective, latency_price=run.latency_price)
+            state.note_validation(score if metrics.get(run.objective) is not None else None)
+            should_stop = run.patience > 0 and state.num_stale >= run.patience and not is_last
+        metrics["score"] = score
+        if self.is_trial:
+            metrics |= self.proof
+        if ray.train.get_context().get_world_rank() != 0:
             ray.train.report(metrics)
             return should_stop
-        if is_due:
+        if validation is not None:
             self.board.post.remote({"kind": "validation", **metrics})
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / STATE_FILE).write_bytes(self.state.dump())
+        candidates = validation.candidates if validation is not None and self.is_trial else None
+        self._report(metrics, candidates)
+        return should_stop
+
+    def _report(self, metrics: dict[str, Any], candidates: CandidateSet | None) -> None:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            (folder / STATE_FILE).write_bytes(self.state.dump())
             weights = dump_weights(self.card, self.state.exported_state())
-            (Path(folder) / WEIGHTS_FILE).write_bytes(weights)
+            (folder / WEIGHTS_FILE).write_bytes(weights)
+            if candidates is not None:
+                (folder / CANDIDATES_FILE).write_bytes(candidates.dump())
             ray.train.report(
                 metrics,
                 checkpoint=ray.train.Checkpoint.from_directory(folder),
                 checkpoint_dir_name=f"step_{self.state.step:08d}",
             )
-        return should_stop
 
-    def _validate(self) -> CocoScores:
-        """Scores of the exported weights; each worker detects in its share of the images."""
-        context = ray.train.get_context()
-        rank, world_size = context.get_world_rank(), context.get_world_size()
-        found = self._detect(range(rank, len(self.inputs.val or ()), world_size))
-        if world_size > 1:
-            shares: list[list[dict[str, Any]]] = [[] for _ in range(world_size)]
-            torch.distributed.all_gather_object(shares, found)
-            found = [detection for share in shares for detection in share]
-        truth = read_json(str(self.job.data.val_annotations), self.job.reading)
-        return evaluate_detections(truth, found)
 
-    def _detect(self, positions: range) -> list[dict[str, Any]]:
-        job, val = self.job, self.inputs.val
-        if val is None:
-            return []
-        root = job.data.val_images or job.data.images
-        device = next(self.state.model.parameters()).device
-        model = self.card.build_model()
-        model.load_state_dict(self.state.exported_state())
-        predictor = TorchPredictor(
-            model.to(device=device, memory_format=torch.channels_last),  # type: ignore[call-overload]
-            card=self.card,
-            settings=PredictorSettings(batch=4),
-            autocast_dtype=self.autocast_dtype,
-        )
-        sources = [
-            ImageSource(record.image_id, resolve_image_uri(root, record.file_name))
-            for record in (val.images[position] for position in positions)
-        ]
-        results = detect_images(
-            predictor,
-            sources,
-            read=make_reader(job.reading),
-            batch=4,
-            settings=make_read_settings(job.reading),
-        )
-        return [detection for result in results for detection in result.coco_results]
+def _prove(job: TrainJob, model: RetinaNet, canvas: tuple[int, int]) -> dict[str, str]:
+    """What this worker really trains with, for a sweep to compare with what it drew."""
+    anchors = model.anchors_for(torch.empty(1, 3, *canvas))
+    return {"settings_sha256": hash_settings(job), "anchors_sha256": hash_anchors(anchors)}

@@ -6,8 +6,9 @@ cluster run. One bad image is one error, never a failed run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from retinaray.data.coco import CategoryTable
+from retinaray.data.coco_results import coco_results
 from retinaray.data.image_decoding import decode_image
 from retinaray.data.transforms import Placement, letterbox
 from retinaray.detector.postprocess import Detections
@@ -24,7 +25,6 @@ from retinaray.inference.predictor import Predictor
 
 # Batches that are fetched and decoded while the network works on one.
 _BATCHES_AHEAD = 3
-_BOX_DIGITS, _SCORE_DIGITS = 2, 6
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,21 @@ class ImageResult:
 
 
 @dataclass(frozen=True)
+class PlacedDetections:
+    """What was found in one image, before it is translated into its own pixels.
+
+    Attributes:
+        source: Which image.
+        placement: Where it lay on the canvas.
+        detections: In network pixels, on the CPU.
+    """
+
+    source: ImageSource
+    placement: Placement
+    detections: Detections
+
+
+@dataclass(frozen=True)
 class ReadSettings:
     """How files become canvases.
 
@@ -92,8 +107,7 @@ def detect_images(
 
     Args:
         predictor: The model.
-        sources: Images, consumed as needed: at most three batches (or one image per thread, if
-            that is more) beyond the batch in the network; may be endless.
+        sources: Images; see `detect_placed`.
         read: Gives the bytes at a URI; raises StorageError.
         batch: Images per network call.
         settings: Reading.
@@ -101,6 +115,43 @@ def detect_images(
     Yields:
         One result per source, in their order. Images that cannot be read or decoded have an error,
         and do not change which other images share a batch.
+    """
+    placed = detect_placed(predictor, sources, read=read, batch=batch, settings=settings)
+    categories = predictor.card.categories
+    with closing(placed):
+        for item in placed:
+            if isinstance(item, ImageResult):
+                yield item
+                continue
+            yield ImageResult(
+                source=item.source,
+                height=item.placement.height,
+                width=item.placement.width,
+                detections=tuple(coco_results(item.detections, item.placement, categories)),
+            )
+
+
+def detect_placed(
+    predictor: Predictor,
+    sources: Iterable[ImageSource],
+    *,
+    read: Callable[[str], bytes],
+    batch: int,
+    settings: ReadSettings,
+) -> Generator[PlacedDetections | ImageResult, None, None]:
+    """Detect in many images, and leave the detections in network pixels.
+
+    Args:
+        predictor: The model.
+        sources: Images, consumed as needed: at most three batches (or one image per thread, if
+            that is more) beyond the batch in the network; may be endless.
+        read: Gives the bytes at a URI; raises StorageError.
+        batch: Images per network call.
+        settings: Reading.
+
+    Yields:
+        One item per source, in their order: detections, or the error of an image that cannot be
+        read or decoded.
     """
     remaining = iter(sources)
     # Small batches must not leave threads without work.
@@ -164,7 +215,7 @@ def _settle(
 
 def _predict_batch(
     predictor: Predictor, items: Sequence[ImageResult | tuple[ImageSource, _Loaded]]
-) -> Iterator[ImageResult]:
+) -> Iterator[PlacedDetections | ImageResult]:
     loaded = [item for item in items if not isinstance(item, ImageResult)]
     found: Iterator[Detections] = iter(())
     if loaded:
@@ -173,36 +224,6 @@ def _predict_batch(
     for item in items:
         if isinstance(item, ImageResult):
             yield item
-            continue
-        source, (_, placement) = item
-        yield ImageResult(
-            source=source,
-            height=placement.height,
-            width=placement.width,
-            detections=tuple(_to_coco(next(found), placement, predictor.card.categories)),
-        )
-
-
-def _to_coco(
-    detections: Detections, placement: Placement, categories: CategoryTable
-) -> Iterator[dict[str, object]]:
-    """COCO results in original pixels; boxes that lie in the padding are left out.
-
-    Corners are rounded to a hundredth of a pixel and scores to a millionth, below what any runtime
-    repeats; a box never leaves its image by rounding.
-    """
-    boxes = placement.to_original(detections.boxes_xyxy.numpy()).astype(np.float64)
-    ids = categories.ids
-    for (x1, y1, x2, y2), score, label in zip(
-        boxes.round(_BOX_DIGITS).tolist(),
-        detections.scores.tolist(),
-        detections.labels.tolist(),
-        strict=True,
-    ):
-        if x2 > x1 and y2 > y1:
-            width, height = round(x2 - x1, _BOX_DIGITS), round(y2 - y1, _BOX_DIGITS)
-            yield {
-                "category_id": ids[label],
-                "bbox": [x1, y1, width, height],
-                "score": round(score, _SCORE_DIGITS),
-            }
+        else:
+            source, (_, placement) = item
+            yield PlacedDetections(source, placement, next(found))

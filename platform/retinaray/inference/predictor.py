@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from retinaray.artifact import ModelCard, model_kind
-from retinaray.detector.postprocess import Detections, suppress_overlaps
+from retinaray.detector.postprocess import Detections, NmsKind, suppress_overlaps
 from retinaray.errors import InferenceError
 
 Backend = Literal["openvino", "onnxruntime", "torch", "tensorrt"]
@@ -29,7 +29,8 @@ class PredictorSettings:
             their own.
         score_threshold: One threshold for all classes; none = the card's, per class.
         nms_iou: Overlap of suppression; none = the card's.
-        max_detections: Detections per image at most.
+        max_detections: Detections per image at most; none = the card's.
+        nms_kind: Which boxes compete in suppression; none = the card's.
     """
 
     batch: int = 8
@@ -37,7 +38,8 @@ class PredictorSettings:
     canvas: tuple[int, int] | None = None
     score_threshold: float | None = None
     nms_iou: float | None = None
-    max_detections: int = 100
+    max_detections: int | None = None
+    nms_kind: NmsKind | None = None
 
 
 class Predictor(Protocol):
@@ -67,7 +69,9 @@ class Suppressor:
             thresholds = (settings.score_threshold,) * len(card.categories)
         self._thresholds = torch.tensor(thresholds, dtype=torch.float32)
         self._nms_iou = card.nms_iou if settings.nms_iou is None else settings.nms_iou
-        self._max_detections = settings.max_detections
+        asked = settings.max_detections
+        self._max_detections = card.max_detections if asked is None else asked
+        self._nms_kind = card.nms_kind if settings.nms_kind is None else settings.nms_kind
 
     def __call__(self, boxes_xyxy: Tensor, scores: Tensor, labels: Tensor) -> list[Detections]:
         """Detections on the CPU from candidates on any device; see `suppress_overlaps`."""
@@ -79,6 +83,7 @@ class Suppressor:
             score_thresholds=self._thresholds,
             nms_iou=self._nms_iou,
             max_detections=self._max_detections,
+            nms_kind=self._nms_kind,
         )
         return [
             Detections(item.boxes_xyxy.cpu(), item.scores.cpu(), item.labels.cpu())

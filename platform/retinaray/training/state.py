@@ -22,6 +22,8 @@ STATE_FORMAT = "retinaray-training-1"
 # A checkpoint folder holds the state to go on from, and the weights to use.
 STATE_FILE = "training.pth"
 WEIGHTS_FILE = "weights.pth"
+# A trial's checkpoint also holds what its validation saw before suppression.
+CANDIDATES_FILE = "candidates.npz"
 _KEYS = ("model", "optimizer", "average", "step", "best_ap", "num_stale")
 
 

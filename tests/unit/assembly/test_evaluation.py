@@ -6,11 +6,13 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from retinaray.artifact import dump_weights
 from retinaray.assembly import evaluation as evaluation_module
 from retinaray.assembly.evaluation import run_evaluation
 from retinaray.config.loading import load_from_dict
@@ -134,6 +136,52 @@ def test_run_evaluation_refuses_detections_that_are_none(
 ) -> None:
     with pytest.raises(DatasetError, match=text):
         run_evaluation(make_job({"model": write_json("found.json", content)}))
+
+
+def test_run_evaluation_keeps_the_ap_of_a_model_whose_card_holds_operating_points(
+    make_job: Callable[..., EvaluateJob], tmp_path: Path, tiny_card: Any, tiny_model: Any
+) -> None:
+    job = make_job()
+    scored = {}
+    for name, thresholds in (("low", (0.05, 0.05, 0.02)), ("high", (0.6, 0.5, 0.02))):
+        card = replace(tiny_card, score_thresholds=thresholds)
+        (tmp_path / "model.pth").write_bytes(dump_weights(card, tiny_model.state_dict()))
+        scored[name] = run_evaluation(job)
+    # Its class 2 is at 0.02, below the default: AP goes down to there, too.
+    assert scored["high"].scores == scored["low"].scores
+    assert scored["low"].points == ()
+    assert "operating points" not in scored["low"].to_text()
+    points = scored["high"].points
+    assert [(point.name, point.threshold) for point in points] == [
+        ("class 0", 0.6),
+        ("class 1", 0.5),
+        ("class 2", 0.02),
+    ]
+    assert "operating points: the thresholds stored in the model" in scored["high"].to_text()
+    block = json.loads(scored["high"].to_json())["operating_points"]
+    assert block["class 0"]["threshold"] == 0.6
+    assert block["class 2"]["precision"] is None
+
+
+def test_run_evaluation_counts_operating_points_in_what_inference_gives(
+    make_job: Callable[..., EvaluateJob], truth: dict[str, Any], tmp_path: Path
+) -> None:
+    # The tiny card's own thresholds are 0.3, its classes 0 and 1 have ground truth.
+    outcome = run_evaluation(make_job())
+    output = tmp_path / "at_0.3.json"
+    at_card = run_evaluation(make_job({"output": str(output), "detection.score_threshold": 0.3}))
+    assert at_card.points == ()
+    assert at_card.scores.num_detections < outcome.scores.num_detections
+    detections = json.loads(output.read_text())
+    for point, category in zip(outcome.points[:2], (7, 17), strict=True):
+        found = [item for item in detections if item["category_id"] == category]
+        boxes = sum(item["category_id"] == category for item in truth["annotations"])
+        assert point.num_ground_truth == boxes == 6
+        assert point.precision is not None
+        assert point.recall is not None
+        hits = point.recall * boxes
+        assert point.precision * len(found) == pytest.approx(hits)
+        assert point.false_positives_per_image == pytest.approx((len(found) - hits) / 6)
 
 
 def test_run_evaluation_refuses_broken_annotations(

@@ -41,7 +41,9 @@ from retinaray.inference.predictor import PredictorSettings
 def test_make_predictor_settings_takes_everything_over(
     changes: dict[str, Any], canvas: tuple[int, int] | None
 ) -> None:
-    detection = DetectionConfig(score_threshold=0.0, nms_iou=0.6, max_detections=7, **changes)
+    detection = DetectionConfig(
+        score_threshold=0.0, nms_iou=0.6, nms_kind="agnostic", max_detections=7, **changes
+    )
     assert make_predictor_settings(detection, batch=3, threads=2) == PredictorSettings(
         batch=3,
         threads=2,
@@ -49,6 +51,7 @@ def test_make_predictor_settings_takes_everything_over(
         score_threshold=0.0,
         nms_iou=0.6,
         max_detections=7,
+        nms_kind="agnostic",
     )
 
 

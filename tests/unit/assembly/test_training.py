@@ -12,8 +12,10 @@ import safetensors.torch
 import torch
 
 from retinaray.assembly.training import (
+    check_objective,
     choose_autocast,
     count_steps,
+    hash_settings,
     make_augment_settings,
     make_card,
     make_loader,
@@ -23,7 +25,7 @@ from retinaray.assembly.training import (
     resolve_paths,
 )
 from retinaray.config.schema import TrainJob
-from retinaray.errors import CheckpointError, DatasetError, StorageError
+from retinaray.errors import CheckpointError, ConfigError, DatasetError, StorageError
 from retinaray.training.schedule import Schedule
 
 JobFactory = Callable[..., TrainJob]
@@ -103,6 +105,60 @@ def test_read_inputs_passes_on_that_a_file_is_missing(make_train_job: JobFactory
         read_inputs(make_train_job({"data.annotations": "absent.json"}))
 
 
+@pytest.mark.parametrize("objective", ["AP", "AR_100", "AP_small", "AP/class 0", "AP/class 1"])
+def test_check_objective_takes_what_a_validation_reports(
+    make_train_job: JobFactory, image_set: Any, objective: str
+) -> None:
+    changes = {"data.val_annotations": str(image_set.annotations), "run.objective": objective}
+    job = make_train_job({**changes, "run.latency_price": 0.1})
+    check_objective(job, read_inputs(job))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"run.objective": "AP_small"}, r"run\.objective=AP_small, run\.latency_price=0 without"),
+        ({"run.latency_price": 0.01}, r"run\.objective=AP, run\.latency_price=0\.01 without data"),
+    ],
+)
+def test_check_objective_refuses_a_wish_when_nothing_is_validated(
+    make_train_job: JobFactory, changes: dict[str, object], named: str
+) -> None:
+    job = make_train_job(changes)
+    with pytest.raises(ConfigError, match=f"{named}.*give --val-annotations"):
+        check_objective(job, read_inputs(job))
+
+
+def test_check_objective_is_content_with_defaults_when_nothing_is_validated(
+    make_train_job: JobFactory,
+) -> None:
+    job = make_train_job()
+    inputs = read_inputs(job)
+    assert inputs.val is None
+    check_objective(job, inputs)
+
+
+def test_check_objective_names_the_classes_when_there_is_no_such_class(
+    make_train_job: JobFactory, image_set: Any
+) -> None:
+    changes = {"data.val_annotations": str(image_set.annotations), "run.objective": "AP/dog"}
+    job = make_train_job(changes)
+    with pytest.raises(
+        ConfigError, match=r"^run\.objective=AP/dog: no such class; .* one of class 0, class 1$"
+    ):
+        check_objective(job, read_inputs(job))
+
+
+def test_hash_settings_changes_with_any_setting(make_train_job: JobFactory) -> None:
+    hashes = [
+        hash_settings(make_train_job(changes))
+        for changes in ({}, {}, {"run.seed": 1}, {"anchors.scales": [4.0]}, {"optim.peak_lr": 5e-4})
+    ]
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 4
+    assert all(len(entry) == 64 for entry in hashes)
+
+
 @pytest.mark.parametrize(
     ("changes", "steps"),
     [
@@ -131,7 +187,7 @@ def test_make_card_gives_the_same_network_for_the_same_seed(make_train_job: JobF
 
 
 def test_make_card_describes_the_network(make_train_job: JobFactory) -> None:
-    changes = {"model.use_p2": True, "anchors.scales": [2.0, 3.0], "anchors.convention": "odtk"}
+    changes = {"anchors.levels": "2-7", "anchors.scales": [2.0, 3.0], "anchors.convention": "odtk"}
     job = make_train_job(changes)
     inputs = read_inputs(job)
     card, model = make_card(job, inputs, run_id="run-1")

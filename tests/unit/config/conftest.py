@@ -11,7 +11,10 @@ from retinaray.errors import ConfigError
 
 MINIMAL = {
     "train": ["model.pth", "--annotations", "train.json"],
+    "tune": ["sweep", "--annotations", "train.json", "--val-annotations", "val.json"],
     "evaluate": ["model.pth", "--annotations", "test.json"],
+    "thresholds": ["model.pth", "--annotations", "val.json"],
+    "anchors": ["--annotations", "train.json"],
     "export": ["model.pth", "model.onnx"],
     "infer": ["model.onnx", "--images", "photos"],
     "doctor": ["--annotations", "train.json"],
@@ -19,10 +22,22 @@ MINIMAL = {
 }
 
 
+SPACE = """\
+space:
+  anchors.base_scale: {loguniform: [1.5, 4.0]}
+  anchors.ratios: [[1.0, 2.0, 0.5], [1, 3]]
+  model.backbone_weights: [none, DEFAULT]
+  run.batch: {quniform: [4, 16, 4]}
+"""
+
+
 @pytest.fixture
-def minimal() -> dict[str, list[str]]:
-    """The shortest valid command line of each verb."""
-    return {verb: list(argv) for verb, argv in MINIMAL.items()}
+def minimal(tmp_path: Path) -> dict[str, list[str]]:
+    """The shortest valid command line of each verb; a space is in a file only."""
+    (tmp_path / "space.yaml").write_text(SPACE, encoding="utf-8")
+    argvs = {verb: list(argv) for verb, argv in MINIMAL.items()}
+    argvs["tune"] += ["--config", str(tmp_path / "space.yaml")]
+    return argvs
 
 
 @pytest.fixture

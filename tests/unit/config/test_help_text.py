@@ -43,8 +43,10 @@ def test_format_help_shows_every_field_with_help_and_default(job_class: type[Job
         "  --annotations FILE          COCO JSON of the training set. [required]",
         "  --anchor-scales X [X ...]   Anchor side over stride; halve all (2 2.52 3.17) when "
         "objects are small. [4 5.04 6.35 strides] (anchors.scales)",
-        "  --p2, --no-p2               Add the stride-4 level for very small objects (4x the "
-        "anchors). [off] (model.use_p2)",
+        "  --levels {3-7,2-7}          Pyramid levels with anchors; 2-7 adds stride 4 for very "
+        "small objects (4x the anchors). [3-7]",
+        "  --override, --no-override   Start over although a run of this name exists with other "
+        "settings; its folder is replaced. [off]",
         "  --backbone NAME             Feature extractor below the feature pyramid. One of "
         "ResNet10FPN, ResNet18FPN, ResNet34FPN, ResNet50FPN, ResNet101FPN, ResNet152FPN, "
         "MobileNetV3LargeFPN. [ResNet50FPN]",

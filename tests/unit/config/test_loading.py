@@ -64,14 +64,19 @@ def _value(job: Job, key: str) -> object:
         (["--milestones", "10", "20", "30"], "optim.milestones", [10, 20, 30]),
         (["--milestones"], "optim.milestones", []),
         (["optim.milestones="], "optim.milestones", []),
-        (["--p2"], "model.use_p2", True),
-        (["--p2=true"], "model.use_p2", True),
-        (["--p2", "--no-p2"], "model.use_p2", False),
+        (["--override"], "run.override", True),
+        (["--override=true"], "run.override", True),
+        (["--override", "--no-override"], "run.override", False),
         (["--no-loss.keep_best_anchor"], "loss.keep_best_anchor", False),
         (["--loss.keep_best_anchor", "false"], "loss.keep_best_anchor", False),
         (["loss.keep_best_anchor=off"], "loss.keep_best_anchor", False),
         (["--model.stride_in_1x1", "none"], "model.stride_in_1x1", None),
         (["--model.stride_in_1x1"], "model.stride_in_1x1", True),
+        (["--objective", "AP_small"], "run.objective", "AP_small"),
+        (["--objective", "AP/car"], "run.objective", "AP/car"),
+        (["--latency-price", "0.01"], "run.latency_price", 0.01),
+        (["--strict-anchors"], "run.strict_anchors", True),
+        (["--levels", "2-7"], "anchors.levels", "2-7"),
         (["--output", "other.pth"], "output", "other.pth"),
         (["--resize", "500", "--resize", "600"], "data.resize", 600),
         (["--images=a=b"], "data.images", "a=b"),
@@ -127,7 +132,7 @@ def test_load_from_argv_lets_options_win_over_the_file(write_config: WriteConfig
         # YAML 1.1 reads 1e-3 as a text; it is still a number for a number's key.
         ("{data: {annotations: a}, optim: {peak_lr: 1e-3}}", "optim.peak_lr", 0.001),
         ("{data: {annotations: a}, loss: {focal_gamma: 2}}", "loss.focal_gamma", 2.0),
-        ("{data: {annotations: a}, model: {use_p2: yes}}", "model.use_p2", True),
+        ("{data: {annotations: a}, run: {override: yes}}", "run.override", True),
     ],
 )
 def test_load_from_argv_reads_the_values_of_a_file(
@@ -192,7 +197,8 @@ def test_load_from_argv_names_all_faults_at_once(
         "augment.hue=x (--augment-hue): expected a number from 0 to 0.5",
         "loss.anchor_ious=(0.5, 0.4) (--anchor-ious): expected 0 < LOW <= HIGH < 1",
         "run=5 (config file job.yaml, line 9): expected a section with keys of batch, epochs, "
-        "iters, workers, precision, seed, val_every, patience, log_every, max_failures, override",
+        "iters, workers, precision, seed, val_every, patience, log_every, objective, "
+        "latency_price, strict_anchors, max_failures, override",
         "lr=0.1 (config file job.yaml, line 6): no such key; nearest: optim.peak_lr (--lr)",
         "modl={a} (config file job.yaml, line 14): no such key; nearest: the section model",
     ]
@@ -259,6 +265,17 @@ def test_load_from_argv_names_all_faults_at_once(
             ],
         ),
         (
+            TrainJob,
+            [*TRAIN, "--objective", "mAP", "--latency-price", "-1", "--levels", "3-6"],
+            [
+                "anchors.levels=3-6 (--levels): expected one of 3-7, 2-7",
+                "run.objective=mAP (--objective): expected one of AP, AP50, AP75, AP_small, "
+                "AP_medium, AP_large, AR_1, AR_10, AR_100, AR_small, AR_medium, AR_large, or a "
+                "class's AP as in AP/car",
+                "run.latency_price=-1 (--latency-price): expected a number >= 0",
+            ],
+        ),
+        (
             DemoJob,
             ["--workers", "--epochs", "--quiet=1", "--config"],
             [
@@ -270,9 +287,9 @@ def test_load_from_argv_names_all_faults_at_once(
         ),
         (
             TrainJob,
-            [*TRAIN, "--no-p2=true", "--no-resize", "--size", "1", "2", "3", "--resiz"],
+            [*TRAIN, "--no-override=true", "--no-resize", "--size", "1", "2", "3", "--resiz"],
             [
-                "--no-p2=true: takes no value; give --p2=true",
+                "--no-override=true: takes no value; give --override=true",
                 "--no-resize: no such option; nearest: --resize (data.resize)",
                 "--resiz: no such option; nearest: --resize (data.resize)",
                 "data.size=[1, 2, 3] (--size): expected 2 whole numbers from 32 to 8192, or none",
@@ -409,6 +426,15 @@ def test_load_from_argv_prints_help_before_it_looks_for_faults(
 )
 def test_read_request_gives_the_verbosity(switches: list[str], verbosity: str) -> None:
     assert read_request(TrainJob, [*TRAIN, *switches]).verbosity == verbosity
+
+
+@pytest.mark.parametrize(
+    ("switches", "is_wanted"), [([], True), (["-v"], True), (["--json"], False), (["-q"], False)]
+)
+def test_read_request_says_whether_the_result_is_also_for_people(
+    switches: list[str], is_wanted: bool
+) -> None:
+    assert read_request(TrainJob, [*TRAIN, *switches]).is_table_wanted is is_wanted
 
 
 def test_load_from_dict_applies_typed_changes_and_leaves_the_tree_alone() -> None:

@@ -26,7 +26,7 @@ def table() -> OptionTable:
             ("--fpn-channels", "--model.fpn_channels"),
             "a whole number from 16 to 1024, a multiple of 8",
         ),
-        ("model.use_p2", ("--p2", "--model.use_p2"), "true or false"),
+        ("run.override", ("--override", "--run.override"), "true or false"),
         ("model.stride_in_1x1", ("--model.stride_in_1x1",), "true or false, or none"),
         ("anchors.scales", ("--anchor-scales", "--anchors.scales"), "1 to 9 numbers > 0"),
         ("augment.jitter", ("--jitter", "--augment.jitter"), "2 whole numbers >= 1, or none"),

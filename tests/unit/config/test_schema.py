@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from retinaray.config import schema
 from retinaray.config.loading import load_from_argv
-from retinaray.config.nodes import require
+from retinaray.config.nodes import expect_rule, require
 from retinaray.config.options import OptionTable
 
 NODES = [
@@ -20,7 +20,7 @@ NODES = [
 def test_jobs_lists_every_job_class() -> None:
     written = {cls for cls in NODES if issubclass(cls, schema.Job) and cls is not schema.Job}
     assert set(schema.JOBS) == written
-    assert len(schema.JOBS) == 6
+    assert len(schema.JOBS) == 9
 
 
 @pytest.mark.parametrize("node", NODES, ids=lambda cls: cls.__name__)
@@ -107,6 +107,14 @@ def test_size_is_a_square_when_one_number_comes(given: object, size: tuple[int, 
             {"resize": 800, "max_size": 640},
             r"detection\.max_size=640 is below detection\.resize=800",
         ),
+        (
+            schema.AnchorsJob,
+            {"annotations": "a", "resize": 900, "max_size": 800},
+            "max_size=800 is below resize=900",
+        ),
+        (schema.SweepConfig, {"rule": "precision=1.5"}, r"in \(0, 1\]"),
+        (schema.ThresholdsJob, {"model": "m", "annotations": "a", "rule": "fppi=0"}, "X > 0"),
+        (schema.TrainRunConfig, {"objective": "AP/"}, "a class's AP as in AP/car"),
         (schema.ReadingConfig, {"endpoint_url": "localhost:9000"}, "starts with http://"),
         (schema.ExportJob, {"model": "m", "output": "m.plan"}, r"ends in \.onnx"),
         (schema.TrainDataConfig, {"annotations": ""}, "at least 1 character"),
@@ -142,6 +150,32 @@ def test_node_takes_values_on_the_edge_of_a_rule(
     node: type[schema.Config], values: dict[str, object]
 ) -> None:
     assert node.model_validate(values).model_dump(include=set(values)) == values
+
+
+@pytest.mark.parametrize(
+    "rule", ["f1", "precision=1", "precision=0.9", "recall=1e-3", "fppi=2.5", "fppi=0.1"]
+)
+def test_expect_rule_takes_every_rule(rule: str) -> None:
+    assert expect_rule(rule) == rule
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        *("", "F1", "f1=0.5", "precision", "precision=", "precision=0", "recall=1.01"),
+        *("recall=nan", "fppi=-1", "fppi=x", "fppi=nan", "map=0.5", "=0.5"),
+    ],
+)
+def test_expect_rule_refuses_what_is_none(rule: str) -> None:
+    with pytest.raises(ValueError, match=r"^expected f1, precision=P or recall=R with a number in"):
+        expect_rule(rule)
+
+
+@pytest.mark.parametrize(
+    ("levels", "strides"), [("3-7", (8, 16, 32, 64, 128)), ("2-7", (4, 8, 16, 32, 64, 128))]
+)
+def test_anchor_config_strides_are_powers_of_two(levels: str, strides: tuple[int, ...]) -> None:
+    assert schema.AnchorConfig.model_validate({"levels": levels}).strides == strides
 
 
 def test_require_names_every_broken_rule_and_no_other() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import struct
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from retinaray.detector.anchors import (
     Convention,
     count_cells,
     count_level_anchors,
+    hash_anchors,
     make_anchors,
     make_cell_anchors,
 )
@@ -146,6 +149,38 @@ def test_count_cells_equals_repeated_halving_with_rounding_up(size: int, stride:
     for _ in range(stride.bit_length() - 1):
         halved = (halved + 1) // 2
     assert count_cells(size, stride) == halved
+
+
+def test_hash_anchors_is_the_digest_of_little_endian_floats() -> None:
+    # Two anchors: eight float32 in order, nothing else.
+    anchors = torch.tensor([[0.0, 1.0, 2.5, 4.0], [-1.0, 0.5, 8.0, 16.0]])
+    content = struct.pack("<8f", 0.0, 1.0, 2.5, 4.0, -1.0, 0.5, 8.0, 16.0)
+    assert hash_anchors(anchors) == hashlib.sha256(content).hexdigest()
+
+
+def test_hash_anchors_does_not_depend_on_memory_or_gradient() -> None:
+    anchors = make_anchors(AnchorSpec(), 64, 96)
+    columns = anchors.T.contiguous().T
+    assert not columns.is_contiguous()
+    assert hash_anchors(columns) == hash_anchors(anchors)
+    assert hash_anchors(anchors.clone().requires_grad_()) == hash_anchors(anchors)
+
+
+@pytest.mark.parametrize(
+    ("spec", "size"),
+    [
+        (AnchorSpec(scales=(4.0, 5.0, 6.0)), (64, 96)),
+        (AnchorSpec(ratios=(2.0, 1.0, 0.5)), (64, 96)),
+        (AnchorSpec(strides=(4, 8, 16, 32, 64, 128)), (64, 96)),
+        (AnchorSpec(convention="odtk"), (64, 96)),
+        (AnchorSpec(), (96, 64)),
+    ],
+    ids=["scales", "order of ratios", "levels", "convention", "canvas"],
+)
+def test_hash_anchors_differs_when_anchors_differ(spec: AnchorSpec, size: tuple[int, int]) -> None:
+    default = hash_anchors(make_anchors(AnchorSpec(), 64, 96))
+    assert hash_anchors(make_anchors(spec, *size)) != default
+    assert hash_anchors(make_anchors(spec, *size)) == hash_anchors(make_anchors(spec, *size))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,12 @@ from torchvision.models.detection import RetinaNet as TorchvisionRetinaNet
 
 from retinaray.detector.anchors import AnchorSpec, count_level_anchors, make_anchors
 from retinaray.detector.box_coding import clip_boxes, decode_boxes
-from retinaray.detector.postprocess import Detections, select_candidates, suppress_overlaps
+from retinaray.detector.postprocess import (
+    Detections,
+    NmsKind,
+    select_candidates,
+    suppress_overlaps,
+)
 
 HEIGHT, WIDTH = 90, 110
 SPEC = AnchorSpec()
@@ -179,9 +186,7 @@ def test_select_candidates_needs_no_values_for_its_shapes(
     assert boxes.shape == (2, 9 * len(level_sizes or [0]), 4)
 
 
-def suppress(
-    rows: list[list[float]], *, thresholds: list[float], **settings: float | int
-) -> Detections:
+def suppress(rows: list[list[float]], *, thresholds: list[float], **settings: Any) -> Detections:
     """One image of rows (x1, y1, x2, y2, score, label)."""
     table = torch.tensor(rows).reshape(-1, 6)
     (found,) = suppress_overlaps(
@@ -189,7 +194,7 @@ def suppress(
         table[None, :, 4],
         table[None, :, 5].to(torch.int32),
         score_thresholds=torch.tensor(thresholds),
-        **settings,  # type: ignore[arg-type]
+        **settings,
     )
     return found
 
@@ -209,6 +214,83 @@ def test_suppress_overlaps_keeps_the_best_of_each_class() -> None:
     # At 0.65 the box of IoU 0.6 stays, and removes the last: IoU 150 / 200 = 0.75.
     found = suppress(rows, thresholds=[0.05, 0.05], nms_iou=0.65)
     torch.testing.assert_close(found.scores, torch.tensor([0.9, 0.7, 0.5]))
+
+
+@pytest.mark.parametrize(
+    ("nms_kind", "scores"),
+    [
+        ("class", [0.9, 0.8, 0.5]),
+        ("agnostic", [0.9, 0.5]),
+        ("none", [0.9, 0.8, 0.7, 0.6, 0.5]),
+    ],
+)
+def test_suppress_overlaps_lets_those_compete_that_the_kind_says(
+    nms_kind: NmsKind, scores: list[float]
+) -> None:
+    rows = [
+        [0, 0, 10, 10, 0.6, 1],  # IoU 1 with the 0.8 of its class
+        [0, 0, 10, 12, 0.9, 0],
+        [0, 0, 10, 10, 0.8, 1],  # IoU 100 / 120 = 0.83 with the best, of another class
+        [40, 40, 50, 50, 0.5, 1],
+        [0, 0, 10, 10, 0.7, 0],  # IoU 0.83 with the best, of its class
+        [0, 0, 10, 10, 0.2, 0],  # not above its threshold
+    ]
+    settings = {"thresholds": [0.2, 0.2], "nms_kind": nms_kind}
+    found = suppress(rows, **settings)
+    assert found.scores.tolist() == pytest.approx(scores)
+    capped = suppress(rows, max_detections=2, **settings)
+    assert capped.scores.tolist() == pytest.approx(scores[:2])
+
+
+def test_suppress_overlaps_keeps_equal_scores_in_the_candidates_order_when_nothing_competes() -> (
+    None
+):
+    rows = [[20.0 * i, 0, 20.0 * i + 10, 10, 0.5, i % 2] for i in range(40)]
+    found = suppress(rows, thresholds=[0.05, 0.05], nms_kind="none")
+    assert found.boxes_xyxy[:, 0].tolist() == [20.0 * i for i in range(40)]
+
+
+def test_suppress_overlaps_refuses_another_kind() -> None:
+    with pytest.raises(ValueError, match="expected one of class, agnostic, none, got 'soft'"):
+        suppress([], thresholds=[0.05], nms_kind="soft")
+
+
+@pytest.mark.parametrize("nms_kind", ["class", "agnostic", "none"])
+def test_suppress_overlaps_keeps_the_same_above_a_threshold_whatever_lies_below(
+    nms_kind: NmsKind,
+) -> None:
+    # The law that lets one matching serve all thresholds. Classes far down the table, and boxes
+    # whose overlaps lie close to the limit, would show a rounding that depends on the others.
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.rand(1500, 2, generator=generator) * 60
+    boxes = torch.cat([corner, corner + 20 + torch.rand(1500, 2, generator=generator)], dim=1)
+    boxes[0] = torch.tensor([0.0, 0.0, 8000.0, 8000.0])
+    scores = torch.rand(1500, generator=generator)
+    scores[0] = 0.01
+    labels = torch.randint(70, 80, (1500,), generator=generator)
+    options = {"nms_iou": 0.5, "max_detections": 10_000, "nms_kind": nms_kind}
+    everything, high = (
+        suppress_overlaps(
+            boxes[None],
+            scores[None],
+            labels[None],
+            score_thresholds=torch.full((80,), threshold),
+            **options,  # type: ignore[arg-type]
+        )[0]
+        for threshold in (0.0, 0.4)
+    )
+    above = everything.scores > 0.4
+    assert 0 < len(high) < len(everything)
+    assert everything.boxes_xyxy[above].equal(high.boxes_xyxy)
+    assert everything.labels[above].equal(high.labels)
+
+
+def test_suppress_overlaps_does_not_round_boxes_of_late_classes() -> None:
+    # IoU 100 / 199.9 = 0.50025 of class 89: shifted in float32 its edges would move by hundredths.
+    rows = [[0, 0, 10, 19.99, 0.9, 89], [0, 0, 10, 10, 0.8, 89], [0, 0, 8000, 8000, 0.7, 0]]
+    assert len(suppress(rows, thresholds=[0.05] * 90)) == 2
+    rows[0][3] = 20.01  # IoU 100 / 200.1 = 0.49975
+    assert len(suppress(rows, thresholds=[0.05] * 90)) == 3
 
 
 def test_suppress_overlaps_uses_the_threshold_of_each_class() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from retinaray.artifact import ModelCard
+from retinaray.detector.postprocess import NmsKind
 from retinaray.errors import CheckpointError, InferenceError
 from retinaray.inference.predictor import (
     PredictorSettings,
@@ -115,3 +116,31 @@ def test_suppressor_takes_the_cards_values_unless_the_caller_has_others(
     card = replace(make_tiny_card(num_classes=2), score_thresholds=(0.3, 0.5))
     (found,) = Suppressor(card, settings)(*candidates)
     assert found.scores.tolist() == pytest.approx(scores)
+
+
+@pytest.mark.parametrize(
+    ("card_kind", "asked", "scores"),
+    [
+        ("class", None, [0.9, 0.4]),
+        ("none", None, [0.9, 0.8]),
+        ("class", "none", [0.9, 0.8]),
+        ("none", "class", [0.9, 0.4]),
+    ],
+)
+def test_suppressor_takes_the_cards_nms_kind_and_cap_unless_the_caller_has_others(
+    make_tiny_card: Callable[..., ModelCard],
+    candidates: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    card_kind: NmsKind,
+    asked: NmsKind | None,
+    scores: list[float],
+) -> None:
+    card = replace(
+        make_tiny_card(num_classes=2),
+        score_thresholds=(0.3, 0.5),
+        nms_kind=card_kind,
+        max_detections=2,
+    )
+    (found,) = Suppressor(card, PredictorSettings(nms_kind=asked))(*candidates)
+    assert found.scores.tolist() == pytest.approx(scores)
+    (found,) = Suppressor(card, PredictorSettings(nms_kind=asked, max_detections=1))(*candidates)
+    assert found.scores.tolist() == pytest.approx(scores[:1])

@@ -1,0 +1,1 @@
+"""What anchors can reach: coverage of the ground truth, and anchors fitted to it."""

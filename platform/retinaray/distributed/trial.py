@@ -1,0 +1,75 @@
+"""One trial of a sweep: a drawn point becomes a training, and proves that it was applied."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from retinaray.config.loading import load_from_dict, to_dict
+from retinaray.config.schema import TrainJob
+from retinaray.config.search_space import decode_point, make_changes
+from retinaray.distributed.resources import WorkerPlan
+from retinaray.distributed.train_run import run_workers
+from retinaray.reporting.training_log import TrainingLog
+
+CHECKPOINT_PATH = "checkpoint_path"
+
+
+@dataclass(frozen=True)
+class TrialTask:
+    """What all trials of a sweep share.
+
+    Attributes:
+        tree: Settings of the training that is varied, with absolute paths.
+        folder: Of the sweep; each trial has one below `trials/`.
+        workers: Resources of one trial.
+    """
+
+    tree: Mapping[str, Any]
+    folder: str
+    workers: WorkerPlan
+
+    def trial_folder(self, trial_id: str) -> Path:
+        """Where a trial keeps everything that it makes."""
+        return Path(self.folder) / "trials" / trial_id
+
+    def make_job(self, point: Mapping[str, object], trial_id: str) -> TrainJob:
+        """The training of a drawn point."""
+        changes = make_changes(decode_point(point), self.tree)
+        output = str(self.trial_folder(trial_id) / "model.pth")
+        return load_from_dict(TrainJob, self.tree, {**changes, "output": output})
+
+
+def run_trial(point: dict[str, Any], task: TrialTask) -> None:
+    """Train one point; entered by Ray Tune in a process of its own on the head.
+
+    Args:
+        point: Values by key of the space.
+        task: What the trials share.
+    """
+    trial_id = tune.get_context().get_trial_id()
+    folder = task.trial_folder(trial_id)
+    job = task.make_job(point, trial_id)
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"point": decode_point(point), "job": to_dict(job)}
+    (folder / "trial.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    with TrainingLog(folder) as log:
+        result = run_workers(
+            job,
+            task.workers,
+            folder=folder,
+            run_id=f"{Path(task.folder).name}-{trial_id}",
+            handle_event=log.write,
+            callbacks=[TuneReportCallback()],  # type: ignore[no-untyped-call]
+            is_trial=True,
+        )
+    # A sweep that was killed between the training's end and Tune's note of it restores a training
+    # that has nothing left to report.
+    metrics, checkpoint = result.metrics or {}, result.checkpoint
+    tune.report({**metrics, CHECKPOINT_PATH: checkpoint.path if checkpoint else ""})
