@@ -94,6 +94,47 @@ def test_evaluate_gives_the_scores_that_infer_printed(chain: Chain) -> None:
     assert {key: chain.results["evaluate"][key] for key in scores} == scores
 
 
+def test_anchors_prints_json_alone_and_draws_a_picture(
+    workplace: Path, start_command: Callable[..., subprocess.Popen[str]]
+) -> None:
+    size = ("--size", "64", "96", "--levels", "2-7")
+    annotations = ("--annotations", "data/train.json")
+    process = start_command("-m", "retinaray", "anchors", *annotations, *size, "--fit", "--json")
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    result = json.loads(out)
+    assert set(result["by_size"]) == {"small", "medium", "large"}
+    assert sum(row["count"] for row in result["by_class"].values()) == result["all"]["count"]
+    # 16 x 24 cells of four pixels, a quarter of them at each level up, nine anchors each.
+    assert result["anchors_per_image"] == 9 * (16 * 24 + 8 * 12 + 4 * 6 + 2 * 3 + 1 * 2 + 1 * 1)
+    fitted, default = result["fit"]["at_this_size"], result["fit"]["default"]
+    assert fitted["share_iou_0.5"] >= default["share_iou_0.5"]
+    assert "IoU>=0.5 %" not in err
+    assert (workplace / "anchor_coverage.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_thresholds_writes_a_model_that_evaluate_reports_on(
+    chain: Chain,
+    workplace: Path,
+    start_command: Callable[..., subprocess.Popen[str]],
+    run_script: RunScript,
+) -> None:
+    validation = ("--images", "data/images", "--annotations", "data/val.json")
+    arguments = ("thresholds", "model.pth", *validation, "--rule", "recall=0.5")
+    process = start_command("-m", "retinaray", *arguments, "--output", "tuned.pth")
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert result["num_settings"] > 100
+    card, _ = read_weights((workplace / "tuned.pth").read_bytes(), source="tuned.pth")
+    chosen = [entry["threshold"] for entry in result["classes"].values()]
+    assert list(card.score_thresholds) == chosen
+    answer = run_script("evaluate", "tuned.pth", *TEST_SET, "--backend", "torch")
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads(answer.stdout)["num_images"] == 6
+    assert chain.results["train"]["model"] == str(workplace / "model.pth")
+
+
 def test_commands_leave_no_token_that_changes_other_clusters(chain: Chain, workplace: Path) -> None:
     assert chain.results
     assert not (workplace / "home" / ".ray" / "auth_token").exists()
@@ -175,6 +216,13 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
             2,
             "3",
             id="contradictory classes",
+        ),
+        pytest.param(
+            "train",
+            ("other.pth", *DATA, "--size", "64", "96", "--anchor-scales", "40", "--strict-anchors"),
+            2,
+            "run.strict_anchors=true",
+            id="anchors that reach nothing",
         ),
         pytest.param(
             "evaluate",

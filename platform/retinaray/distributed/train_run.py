@@ -20,9 +20,9 @@ RAY_RUN_NAME = "ray_train"
 
 
 class _TrialTrainer(TorchTrainer):
-    """Without Ray's cleaner of stopped runs, whose workers leave by themselves; see `abandonment`.
+    """Without Ray's cleaner of stopped runs; the sweep's janitor does its work.
 
-    One is started for each run, and where it cannot do its work it never ends.
+    Ray starts one for each run, and where it cannot do its work it never ends.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -39,6 +39,7 @@ def run_workers(
     handle_event: Callable[[dict[str, Any]], None],
     callbacks: Sequence[Any] = (),
     is_trial: bool = False,
+    janitor: Any = None,
 ) -> ray.train.Result:
     """Train with Ray; goes on from the last checkpoint in the folder.
 
@@ -50,6 +51,8 @@ def run_workers(
         handle_event: Called in this process with each event of the workers; see `TrainingLog`.
         callbacks: `ray.train.UserCallback`s.
         is_trial: Checkpoints keep raw candidates of the validation set, and validations a latency.
+        janitor: Gives the workers' resources back when this process is ended by force; see
+            `abandonment`.
 
     Raises:
         ClusterError: If the training failed more often than allowed, or made no checkpoint.
@@ -64,6 +67,7 @@ def run_workers(
                 "threads": plan.num_threads,
                 "board": board,
                 "is_trial": is_trial,
+                "janitor": janitor,
             },
             scaling_config=ray.train.ScalingConfig(
                 num_workers=plan.num_workers,

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import ray.train.torch
 import torch
@@ -28,7 +29,6 @@ from retinaray.config.loading import load_from_dict
 from retinaray.config.schema import TrainJob
 from retinaray.detector.anchors import hash_anchors
 from retinaray.detector.retinanet import RetinaNet
-from retinaray.distributed.abandonment import leave_when_abandoned
 from retinaray.distributed.validation import Validator, make_validator, rate
 from retinaray.evaluation.candidates import CandidateSet
 from retinaray.training.loop import Progress, run_loop
@@ -40,15 +40,17 @@ def train_worker(config: dict[str, Any]) -> None:
 
     Args:
         config: `job` (a resolved TrainJob as plain values), `run_id`, `threads`, `board` (an
-            EventBoard actor), `is_trial` (keep raw candidates, measure the latency).
+            EventBoard actor), `is_trial` (keep raw candidates, measure the latency), `janitor` (a
+            Janitor actor for a trial; None otherwise).
     """
     torch.set_num_threads(config["threads"])
     job = load_from_dict(TrainJob, config["job"])
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
-    if config["is_trial"]:
-        leave_when_abandoned(config["board"])
+    if config["janitor"] is not None:
+        group = ray.util.get_current_placement_group()
+        ray.get(config["janitor"].watch.remote(group, config["board"]))
     inputs = read_inputs(job)
     card, model = make_card(job, inputs, run_id=config["run_id"])
     model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -29,11 +29,13 @@ class TrialTask:
         tree: Settings of the training that is varied, with absolute paths.
         folder: Of the sweep; each trial has one below `trials/`.
         workers: Resources of one trial.
+        janitor: A Janitor actor; none = resources of stopped trials are not given back.
     """
 
     tree: Mapping[str, Any]
     folder: str
     workers: WorkerPlan
+    janitor: Any = None
 
     def trial_folder(self, trial_id: str) -> Path:
         """Where a trial keeps everything that it makes."""
@@ -68,6 +70,7 @@ def run_trial(point: dict[str, Any], task: TrialTask) -> None:
             handle_event=log.write,
             callbacks=[TuneReportCallback()],  # type: ignore[no-untyped-call]
             is_trial=True,
+            janitor=task.janitor,
         )
     # A sweep that was killed between the training's end and Tune's note of it restores a training
     # that has nothing left to report.

@@ -215,13 +215,14 @@ def _search(
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     from ray import tune
 
+    from retinaray.distributed.abandonment import start_janitor
     from retinaray.distributed.leaderboard import Leaderboard
     from retinaray.distributed.sweep_results import collect_trials
     from retinaray.distributed.trial import TrialTask, run_trial
     from retinaray.distributed.tune_search import make_scheduler, make_search, make_space
 
     tree = to_dict(base)
-    task = TrialTask(tree=tree, folder=str(folder), workers=plan.workers)
+    task = TrialTask(tree=tree, folder=str(folder), workers=plan.workers, janitor=start_janitor())
     trainable = tune.with_resources(
         tune.with_parameters(run_trial, task=task), {"node:__internal_head__": 0.001}
     )
