@@ -11,7 +11,9 @@ import yaml
 from retinaray.config.loading import load_from_argv, load_from_dict, read_request, to_dict, to_yaml
 from retinaray.config.schema import Job, TuneJob
 from retinaray.config.sweep_schema import is_choice
+from retinaray.config.training_schema import METRICS
 from retinaray.errors import ConfigError
+from retinaray.evaluation.coco_map import TWELVE
 
 FaultsOf = Callable[[type[Job], list[str]], list[str]]
 WriteConfig = Callable[[str], str]
@@ -137,3 +139,7 @@ def test_tune_job_words_the_faults_of_its_own_settings(
 ) -> None:
     (line,) = faults_of(TuneJob, [*minimal["tune"], *argv])
     assert line.startswith(fault)
+
+
+def test_metrics_are_those_that_an_evaluation_gives() -> None:
+    assert METRICS == TWELVE
