@@ -177,8 +177,10 @@ def _describe_breach(
     rule: Rule | None, precision: float, recall: float, false_positives: float
 ) -> str:
     """Why a rule does not hold; empty when it does, or when there is none."""
-    if rule is None or rule.kind == "f1":
+    if rule is None:
         return ""
+    if rule.kind == "f1":
+        return "" if precision > 0 else "no threshold hits a box of this class"
     if rule.kind == "fppi":
         if false_positives <= rule.value:
             return ""

@@ -223,3 +223,18 @@ def test_thresholds_of_follows_the_models_classes(three_classes: CategoryTable) 
         for identity, value in ((3, 0.3), (7, 0.7), (99, 0.9))
     ]
     assert thresholds_of(points, three_classes, default=0.2) == (0.7, 0.2, 0.3)
+
+
+def test_choose_operating_points_says_when_no_threshold_hits_anything() -> None:
+    curve = PrecisionRecallCurve(
+        category_id=1,
+        name="a",
+        thresholds=np.array([0.5]),
+        num_hits=np.array([0]),
+        num_false=np.array([3]),
+        num_ground_truth=4,
+        num_images=2,
+    )
+    (point,) = choose_operating_points([curve], Rule())
+    assert (point.f1, point.is_met) == (0.0, False)
+    assert point.note == "no threshold hits a box of this class"
