@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,20 @@ def read_lock(text: str) -> dict[str, Version]:
         if pins.setdefault(name, version) != version:
             raise LockError(f"{name} is pinned to {pins[name]} and to {version}")
     return pins
+
+
+def needs_of(name: str, extras: set[str]) -> list[Requirement]:
+    """What an installed distribution requires here with the extras named."""
+    try:
+        lines = requires(name) or []
+    except PackageNotFoundError:
+        pytest.fail(f"{name} of requirements.lock is not installed: make install")
+    return [
+        requirement
+        for requirement in map(Requirement, lines)
+        if requirement.marker is None
+        or any(requirement.marker.evaluate({"extra": extra}) for extra in ("", *extras))
+    ]
 
 
 def newest_entry(changelog: str) -> str:
@@ -104,6 +119,24 @@ def test_lock_satisfies_pyproject(
         and not requirement.specifier.contains(lock[name], prereleases=True)
     ]
     assert not faults, "requirements.lock: " + "; ".join(faults)
+
+
+def test_lock_pins_whatever_its_pins_need(
+    lock: dict[str, Version], requirements_of: RequirementsOf
+) -> None:
+    # `make install` resolves nothing: a package that only another machine happened to hold shows
+    # first as an import that fails in a fresh environment.
+    extras: dict[str, set[str]] = {}
+    for requirement in (need for extra in LOCKED_EXTRAS for need in requirements_of(extra)):
+        name = str(canonicalize_name(requirement.name))
+        extras.setdefault(name, set()).update(requirement.extras)
+    lacking = [
+        f"{name} needs {requirement.name}"
+        for name in lock
+        for requirement in needs_of(name, extras.get(name, set()))
+        if str(canonicalize_name(requirement.name)) not in lock
+    ]
+    assert not lacking, "requirements.lock: " + "; ".join(lacking)
 
 
 def test_lock_names_no_address_and_no_path(repository: Path) -> None:
