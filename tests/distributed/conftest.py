@@ -20,7 +20,6 @@ from typing import Any
 import pytest
 import torch
 
-import retinaray
 from retinaray.artifact import read_weights
 from retinaray.assembly.export import run_export
 from retinaray.assembly.training import make_card, read_inputs
@@ -48,14 +47,6 @@ def ray_cluster(request: pytest.FixtureRequest) -> Iterator[ClusterSize]:
             patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         with connect(min_cpus=2) as cluster:
             yield cluster
-
-
-@pytest.fixture(scope="session")
-def own_ray() -> dict[str, str]:
-    """The environment of a program that shall find retinaray, but start a Ray of its own."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    source_root = Path(retinaray.__file__).parents[1]
-    return {**kept, "PYTHONPATH": str(source_root)}
 
 
 def _has_s3_server() -> bool:

@@ -6,8 +6,6 @@ import contextlib
 import io
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from retinaray.errors import (
     InferenceError,
     StorageError,
 )
+from retinaray.inference import run_lock
 from retinaray.storage import Storage
 
 pytestmark = pytest.mark.local_ray
@@ -204,40 +203,40 @@ def test_run_inference_gives_the_same_bytes_when_its_worker_was_killed(
     _assert_same_bytes(tmp_path / "run", alone.run)
 
 
-def test_run_inference_reports_the_part_when_its_worker_dies_each_time(
+def test_run_inference_leaves_out_the_image_that_kills_its_worker_each_time(
     alone: InferOutcome,
     make_infer_job: MakeJob,
     scenes: SceneSet,
     tmp_path: Path,
     hold_reader: Callable[..., Any],
     kill_worker: Callable[[str], int],
-    own_ray: dict[str, str],
 ) -> None:
     def kill(reading: int) -> bool:
         kill_worker("ray::MapWorker")
         return False
 
-    job = make_infer_job(tmp_path / "run")
-    # In a process and a Ray of its own: Ray Data 2.60 leaves the worker of such a run alive, with
-    # its processor, until the driver ends.
-    command = [
-        *(sys.executable, "-m", "retinaray", "infer", job.model, "--images", job.images),
-        *("--annotations", str(scenes.test), "--output", job.output, "--part-size", "4"),
-        *("--batch", "2", "--workers", "1", "--score-threshold", "0"),
-    ]
-    with hold_reader(sorted(scenes.images.glob("test*"))[4], kill) as failures:
-        answer = subprocess.run(
-            command, capture_output=True, text=True, timeout=600, check=False, env=own_ray
-        )
+    poison = sorted(scenes.images.glob("test*"))[4]
+    with hold_reader(poison, kill) as failures:
+        outcome = run_inference(make_infer_job(tmp_path / "run"))
     assert not failures
-    assert answer.returncode == 1, answer.stderr
-    # Ray Data's own report of the lost block stands before it: of unforeseen exceptions in a worker
-    # it is the only one.
-    last = answer.stderr.splitlines()[-1]
-    assert last.startswith("error: 1 of 4 parts were not finished, first [1]: their workers died")
-    assert not (tmp_path / "run" / "_SUCCESS").exists()
-    run_inference(job)
-    _assert_same_bytes(tmp_path / "run", alone.run)
+    assert (outcome.totals.num_images, outcome.totals.num_errors) == (15, 1)
+    (error,) = _read_rows(tmp_path / "run", "errors")
+    assert error["uri"] == str(poison)
+    assert "2 worker processes ended while they read this file" in error["reason"]
+    kept = [row for row in _read_rows(Path(alone.run), "parts") if row["uri"] != str(poison)]
+    assert _read_rows(tmp_path / "run", "parts") == kept
+    assert list((tmp_path / "run" / "attempts").iterdir()) == []
+
+
+def test_run_inference_refuses_a_second_driver_on_the_same_output(
+    make_infer_job: MakeJob, tmp_path: Path, no_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_lock, "BEAT_S", 0.05)
+    with (
+        run_lock.RunLock(str(tmp_path / "run"), Storage()).held(),
+        pytest.raises(ConfigError, match="another driver is at work on this run"),
+    ):
+        run_inference(make_infer_job(tmp_path / "run"))
 
 
 def test_run_inference_says_why_when_a_part_cannot_be_written(

@@ -31,8 +31,10 @@ from retinaray.errors import ClusterError, ConfigError
 from retinaray.evaluation.coco_map import evaluate_detections
 from retinaray.inference.manifest import Part, cut_parts, list_sources
 from retinaray.inference.onnx_contract import read_onnx_card
+from retinaray.inference.part_attempts import MAX_ATTEMPTS
 from retinaray.inference.predictor import check_canvas, choose_backend
 from retinaray.inference.run_files import RunFiles, RunTotals
+from retinaray.inference.run_lock import RunLock
 from retinaray.reporting.inference_progress import InferenceView
 from retinaray.storage import Storage, is_s3, join_uri
 
@@ -56,7 +58,8 @@ def run_inference(job: InferJob) -> InferOutcome:
     """Detect in all images of a job; an interrupted run of the same settings goes on by itself.
 
     Raises:
-        ConfigError: If the output holds a run with other settings or another model.
+        ConfigError: If the output holds a run with other settings or another model, or another
+            driver is at work on it.
         CheckpointError, InferenceError: If the model cannot be run.
         DatasetError: If there are no images, or the annotations cannot be read.
         StorageError: If a location cannot be read or written.
@@ -69,6 +72,22 @@ def run_inference(job: InferJob) -> InferOutcome:
     truth = read_json(job.annotations, job.reading) if job.annotations else None
     content = storage.read_bytes(job.model)
     card = _read_card(content, job)
+    with RunLock(files.root, storage).held() as lock:
+        return _drive(job, files, lock, truth=truth, content=content, card=card, start=start)
+
+
+def _drive(
+    job: InferJob,
+    files: RunFiles,
+    lock: RunLock,
+    *,
+    truth: Mapping[str, Any] | None,
+    content: bytes,
+    card: ModelCard,
+    start: float,
+) -> InferOutcome:
+    """Bring a run that nobody else drives to its end."""
+    storage = files.storage
     record = _open_run(job, files, truth, hash_content(content), card)
     num_parts = record["num_parts"]
     with connect(min_cpus=2) as cluster:
@@ -76,7 +95,7 @@ def run_inference(job: InferJob) -> InferOutcome:
             model_kind(job.model), job.backend, has_gpu=cluster.num_gpus > 0
         )
         logger.info("backend %s: %s", backend, reason)
-        images_per_s, failures = _process(job, files, cluster, num_parts, backend)
+        images_per_s, failures = _process(job, files, lock, cluster, num_parts, backend)
     totals = _finish(files, record, num_parts, failures)
     detections = files.detections
     if job.output.endswith(".json"):
@@ -221,7 +240,12 @@ def _write_manifest(files: RunFiles, parts: Iterator[Part]) -> tuple[int, int]:
 
 
 def _process(
-    job: InferJob, files: RunFiles, cluster: ClusterSize, num_parts: int, backend: str
+    job: InferJob,
+    files: RunFiles,
+    lock: RunLock,
+    cluster: ClusterSize,
+    num_parts: int,
+    backend: str,
 ) -> tuple[float, list[str]]:
     """Run all parts that are not committed yet.
 
@@ -229,7 +253,7 @@ def _process(
         Images per second, and what workers said about parts that they could not commit.
 
     Raises:
-        ClusterError: If Ray ended the run.
+        ClusterError: If Ray ended the run, or another driver took it over.
     """
     done = files.list_committed()
     if len(done) == num_parts:
@@ -251,6 +275,7 @@ def _process(
         try:
             batch: Any
             for batch in receipts.iter_batches(batch_size=None, batch_format="pyarrow"):
+                lock.check()
                 for row in batch.to_pylist():
                     if row["failure"]:
                         failures.append(row["failure"])
@@ -300,7 +325,7 @@ def _lay_out(job: InferJob, files: RunFiles, plan: WorkerPlan, done: Set[int], b
             num_cpus=plan.num_cpus,
             num_gpus=plan.num_gpus or None,
             max_restarts=-1,
-            max_task_retries=2,
+            max_task_retries=MAX_ATTEMPTS,
             fn_constructor_kwargs={
                 "job": to_dict(job),
                 "backend": backend,

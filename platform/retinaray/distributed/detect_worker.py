@@ -14,7 +14,8 @@ from retinaray.assembly.reading import make_predictor_settings, make_read_settin
 from retinaray.config.loading import load_from_dict
 from retinaray.config.schema import InferJob
 from retinaray.errors import RetinarayError
-from retinaray.inference.pipeline import ImageSource, detect_images
+from retinaray.inference.part_attempts import PartAttempts, refuse_given_up
+from retinaray.inference.pipeline import ImageSource, detect_images, load_canvas
 from retinaray.inference.predictor import load_predictor
 from retinaray.inference.run_files import PartReceipt, RunFiles
 from retinaray.storage import Storage
@@ -91,15 +92,29 @@ class DetectWorker:
             return {**vars(nothing), "failure": str(error) or type(error).__name__}
 
     def _process(self, number: int, image_ids: list[str], uris: list[str]) -> PartReceipt:
-        sources = (
+        sources = [
             ImageSource(json.loads(image_id), uri)
             for image_id, uri in zip(image_ids, uris, strict=True)
-        )
+        ]
+        settings = make_read_settings(self._job.reading)
+        attempts = PartAttempts(self._files.root, number, self._storage)
+        given_up = attempts.begin()
+        if attempts.is_suspicious:
+            logger.warning("part %d ended its workers before: reading its images singly", number)
+
+            def load(source: ImageSource) -> object:
+                return load_canvas(
+                    source, self._predictor.canvas, self._storage.read_bytes, settings
+                )
+
+            attempts.probe(sources, load, given_up)
         results = detect_images(
             self._predictor,
             sources,
-            read=self._storage.read_bytes,
+            read=refuse_given_up(self._storage.read_bytes, [sources[i] for i in given_up]),
             batch=self._job.batch,
-            settings=make_read_settings(self._job.reading),
+            settings=settings,
         )
-        return self._files.commit(number, results)
+        receipt = self._files.commit(number, results)
+        attempts.end()
+        return receipt

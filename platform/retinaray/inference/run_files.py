@@ -125,7 +125,7 @@ class RunFiles:
     def remove_all(self) -> None:
         """Delete every file of the run, the record first: half a run is not to be taken for one."""
         self.storage.delete(self.record)
-        for folder in ("manifest", "parts", "errors"):
+        for folder in ("manifest", "attempts", "parts", "errors"):
             for uri in list(self.storage.list_files(join_uri(self.root, folder))):
                 self.storage.delete(uri)
         for uri in (self.detections, self.images, self.success):
