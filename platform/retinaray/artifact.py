@@ -271,13 +271,13 @@ def hash_content(content: bytes) -> str:
 
 
 def model_kind(uri: str) -> str:
-    """What a model file is by its name: `weights` or `onnx`.
+    """What a model file is by its name: `weights`, `onnx`, or `plan` for a TensorRT engine.
 
     Raises:
-        CheckpointError: If the ending is neither .pth nor .onnx.
+        CheckpointError: If it has another ending.
     """
     suffix = Path(uri).suffix.lower()
-    kinds = {".pth": "weights", ".onnx": "onnx"}
+    kinds = {".pth": "weights", ".onnx": "onnx", ".plan": "plan", ".engine": "plan"}
     if suffix not in kinds:
         raise CheckpointError(
             f"{uri}: expected a model file that ends in {', '.join(kinds)}, found "

@@ -95,9 +95,19 @@ VERBS: dict[str, Verb] = {
         "choose score thresholds and NMS for a model without training",
     ),
     "export": Verb(
-        "retinaray.config.inference_schema:ExportJob",
+        "retinaray.config.export_schema:ExportJob",
         "retinaray.assembly.export:run_export",
-        "write a trained model as ONNX and check it box by box",
+        "write a trained model as ONNX or a TensorRT engine and check it box by box",
+    ),
+    "parity": Verb(
+        "retinaray.config.parity_schema:ParityJob",
+        "retinaray.assembly.parity:run_parity",
+        "compare exported files on every runtime with their weights",
+    ),
+    "bundle": Verb(
+        "retinaray.config.export_schema:BundleJob",
+        "retinaray.assembly.bundle:run_bundle",
+        "hand a model to a Jetson, DeepStream or Triton, with a self-test",
     ),
     "infer": Verb(
         "retinaray.config.inference_schema:InferJob",

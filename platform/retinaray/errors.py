@@ -41,5 +41,9 @@ class StorageError(RetinarayError):
     """A local or S3 location cannot be read or written."""
 
 
-class MissingFileError(StorageError):
+class UnreadableFileError(StorageError):
+    """This one file cannot be had, however often it is asked for: forbidden, a folder, absent."""
+
+
+class MissingFileError(UnreadableFileError):
     """The file is not there; its bucket, if it has one, is."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from retinaray.errors import MissingFileError, StorageError
+from retinaray.errors import MissingFileError, StorageError, UnreadableFileError
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +38,11 @@ _REASONS = {
     "301": ("the bucket is in another region", _REGION),
     "400": ("the server refuses the request without a reason", f"{_CREDENTIALS}; {_REGION}"),
     "PreconditionFailed": ("the object changed meanwhile", "run again when nobody writes it"),
+    "InvalidRange": ("the object ends before these bytes", "list it again: it changed meanwhile"),
     "SlowDown": ("the server asks for fewer requests", "use fewer workers or more key prefixes"),
 }
+# About the object that was asked for, not about the server or the whole identity.
+_FOR_GOOD = frozenset(["403", "AccessDenied", "InvalidObjectState", "KeyTooLongError"])
 
 
 @contextmanager
@@ -71,7 +74,8 @@ def _explain_refusal(uri: str, verb: str, answer: Any) -> StorageError:
             f"cannot {verb} {uri}: no such object; check the bucket and the key"
         )
     reason, advice = _REASONS.get(code, (message, "see the reason, or ask who runs the server"))
-    return StorageError(f"cannot {verb} {uri}: {reason} ({code}); {advice}")
+    kind = UnreadableFileError if code in _FOR_GOOD else StorageError
+    return kind(f"cannot {verb} {uri}: {reason} ({code}); {advice}")
 
 
 def _advise(error: Exception) -> str:

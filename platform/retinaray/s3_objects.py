@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
-from retinaray.errors import MissingFileError, StorageError
+from retinaray.errors import MissingFileError, StorageError, UnreadableFileError
 from retinaray.s3_failures import SERVER_ADVICE, explain_s3_failures
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def split_s3_uri(uri: str) -> tuple[str, str]:
     """
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     if not uri.startswith("s3://") or not bucket:
-        raise StorageError(f"expected s3://bucket/key, got {uri!r}; write the bucket's name")
+        raise UnreadableFileError(f"expected s3://bucket/key, got {uri!r}; write the bucket's name")
     return bucket, key
 
 
@@ -68,9 +68,11 @@ class S3Objects:
                     _clients[key] = _new_client(self)
         return _clients[key]
 
-    def open_reader(self, uri: str) -> io.RawIOBase:
-        """Open an object; see `Storage.open_reader`."""
-        return _ObjectReader(self, uri)
+    def open_reader(
+        self, uri: str, *, start: int = 0, num_bytes: int | None = None
+    ) -> io.RawIOBase:
+        """Open an object, or at most so many bytes of it; see `Storage.open_reader`."""
+        return _ObjectReader(self, uri, start, num_bytes)
 
     def put(self, uri: str, data: bytes, *, only_if_absent: bool) -> bool:
         """Write an object with one request; see `Storage.write_bytes`."""
@@ -124,23 +126,29 @@ class S3Objects:
             answer["Body"].close()
             return answer
 
-    def list_files(self, uri: str) -> Iterator[str]:
-        """Walk the objects below a prefix, page by page; see `Storage.list_files`."""
+    def list_entries(self, uri: str) -> Iterator[tuple[str, int, float]]:
+        """Walk the objects below a prefix, page by page; see `Storage.list_entries`.
+
+        Yields:
+            URI, length in bytes, and seconds since 1970 UTC of the last writing.
+        """
         bucket, key = split_s3_uri(uri)
         with explain_s3_failures(uri, "list"):
             client = self.client()
             if key and not key.endswith("/"):
                 # An object of exactly this name sorts before all that it is a prefix of.
                 first = client.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
-                if [entry["Key"] for entry in first.get("Contents", [])] == [key]:
-                    yield uri
+                entries = first.get("Contents", [])
+                if [entry["Key"] for entry in entries] == [key]:
+                    yield _describe(bucket, entries[0])
                     return
                 key += "/"
             pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
             for page in pages:
-                names = [entry["Key"] for entry in page.get("Contents", [])]
-                # Keys that end in a slash are the empty markers by which consoles show folders.
-                yield from (f"s3://{bucket}/{name}" for name in names if not name.endswith("/"))
+                for entry in page.get("Contents", []):
+                    # Keys that end in a slash are the empty markers by which consoles show folders.
+                    if not entry["Key"].endswith("/"):
+                        yield _describe(bucket, entry)
 
     @contextmanager
     def open_writer(self, uri: str) -> Iterator[BinaryIO]:
@@ -162,21 +170,28 @@ class S3Objects:
 class _ObjectReader(io.RawIOBase):
     """An object's bytes; a connection lost midway is reopened at the same byte and version."""
 
-    def __init__(self, objects: S3Objects, uri: str) -> None:
+    def __init__(
+        self, objects: S3Objects, uri: str, start: int = 0, num_bytes: int | None = None
+    ) -> None:
         self._objects, self._uri = objects, uri
-        self._position = 0
+        self._position = start
+        self._last = "" if num_bytes is None else str(start + num_bytes - 1)
         self._etag: str | None = None
         self._body: Any = None
         self._request()
 
     def _request(self) -> None:
-        resume: dict[str, str] = {}
+        options: dict[str, str] = {}
         if self._etag is not None:
-            resume = {"Range": f"bytes={self._position}-", "IfMatch": self._etag}
+            options["IfMatch"] = self._etag
+        if self._etag is not None or self._position or self._last:
+            options["Range"] = f"bytes={self._position}-{self._last}"
         with explain_s3_failures(self._uri, "read"):
-            answer = self._objects.client().get_object(**_address(self._uri), **resume)
+            answer = self._objects.client().get_object(**_address(self._uri), **options)
         if self._etag is None:
-            self._etag, self._size = answer["ETag"], answer["ContentLength"]
+            self._etag = answer["ETag"]
+            # Of a range the answer holds as much as there is.
+            self._size = self._position + answer["ContentLength"]
         self._body = answer["Body"]
 
     def _drop_body(self, reason: str = "") -> None:
@@ -300,10 +315,16 @@ class _ObjectWriter(io.RawIOBase):
         self.close()
 
 
+def _describe(bucket: str, entry: Any) -> tuple[str, int, float]:
+    return f"s3://{bucket}/{entry['Key']}", entry["Size"], entry["LastModified"].timestamp()
+
+
 def _address(uri: str) -> dict[str, str]:
     bucket, key = split_s3_uri(uri)
     if not key:
-        raise StorageError(f"expected s3://bucket/key, got {uri!r}; name an object in the bucket")
+        raise UnreadableFileError(
+            f"expected s3://bucket/key, got {uri!r}; name an object in the bucket"
+        )
     return {"Bucket": bucket, "Key": key}
 
 

@@ -8,6 +8,7 @@ the standard AWS sources (environment, profile, instance role).
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
@@ -15,13 +16,15 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import quote, unquote_to_bytes
 
-from retinaray.errors import MissingFileError, StorageError
+from retinaray.errors import MissingFileError, StorageError, UnreadableFileError
+from retinaray.local_listing import TEMP_PREFIX, TEMP_SUFFIX, walk_names
 from retinaray.s3_objects import S3Objects, split_s3_uri
 
 __all__ = [
+    "FileEntry",
     "MissingFileError",
     "Storage",
     "is_s3",
@@ -31,8 +34,22 @@ __all__ = [
 ]
 
 _READ_BYTES = 2**20
-# Names that a killed writer can leave behind; no listing shows them.
-_TEMP_PREFIX, _TEMP_SUFFIX = ".retinaray-", ".tmp"
+# The name itself is the fault: no later attempt can succeed.
+_NAME_FAULTS = frozenset([errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL])
+
+
+class FileEntry(NamedTuple):
+    """A file as a listing tells of it.
+
+    Attributes:
+        uri: Full URI.
+        num_bytes: Its length.
+        modified_s: When it was last written, in seconds since 1970 UTC.
+    """
+
+    uri: str
+    num_bytes: int
+    modified_s: float
 
 
 def is_s3(uri: str) -> bool:
@@ -61,10 +78,12 @@ def local_path(uri: str) -> Path:
     if uri.startswith("file://"):
         path = os.fsdecode(unquote_to_bytes(uri.removeprefix("file://").removeprefix("localhost")))
         if not path.startswith("/"):
-            raise StorageError(f"expected file:///absolute/path, got {uri!r}; write three slashes")
+            raise UnreadableFileError(
+                f"expected file:///absolute/path, got {uri!r}; write three slashes"
+            )
         return Path(path)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|s3:/", uri) or not uri:
-        raise StorageError(
+        raise UnreadableFileError(
             f"expected a local path, file:///path or s3://bucket/key, got {uri!r}; "
             "copy the data to one of these, or correct the URI"
         )
@@ -102,6 +121,37 @@ class Storage:
                 return reader.readall()
         with _explained_local(uri, "read"):
             return local_path(uri).read_bytes()
+
+    def read_range(self, uri: str, start: int, num_bytes: int) -> bytes:
+        """Read some bytes of a file, without the rest of it.
+
+        Args:
+            uri: The file.
+            start: Position of the first byte, from 0.
+            num_bytes: How many; 0 gives nothing, and asks nobody.
+
+        Raises:
+            MissingFileError: If it is not there.
+            StorageError: If it cannot be read, or ends before these bytes do.
+            ValueError: If a number is negative.
+        """
+        if start < 0 or num_bytes < 0:
+            raise ValueError(f"expected a range from 0 on in {uri}, got {num_bytes} at {start}")
+        if num_bytes == 0:
+            return b""
+        if is_s3(uri):
+            with self._s3.open_reader(uri, start=start, num_bytes=num_bytes) as reader:
+                data = reader.readall()
+        else:
+            with _explained_local(uri, "read"), local_path(uri).open("rb", buffering=0) as file:
+                file.seek(start)
+                data = file.read(num_bytes)
+        if len(data) < num_bytes:
+            raise UnreadableFileError(
+                f"cannot read {uri}: expected {num_bytes} bytes from byte {start} on, found "
+                f"{len(data)}; the file is shorter than it was when it was listed: list it again"
+            )
+        return data
 
     def write_bytes(self, uri: str, data: bytes, *, only_if_absent: bool = False) -> bool:
         """Write a whole file at once: a reader sees the old content or the new, never a part.
@@ -154,21 +204,43 @@ class Storage:
 
         The order is that of the keys' code points (an S3 server other than AWS may have its own).
         A file's URI gives that file; `s3://b/img` never gives `s3://b/img2/x.jpg`; an absent folder
-        gives nothing. Files still being written are not seen.
+        gives nothing. Files still being written are not seen. Memory does not grow with the number
+        of files, not even in one local folder.
 
         Raises:
             StorageError: If a folder cannot be read, or the bucket is missing.
         """
         if is_s3(uri):
-            yield from self._s3.list_files(uri)
+            yield from (found for found, _, _ in self._s3.list_entries(uri))
             return
         with _explained_local(uri, "list"):
             path = local_path(uri)
             if path.is_file():
                 yield uri
             elif path.is_dir():
-                for name in _walk(path, frozenset()):
+                for name in walk_names(path):
                     yield join_uri(uri, name)
+
+    def list_entries(self, uri: str) -> Iterator[FileEntry]:
+        """Walk as `list_files` does, and tell length and age of each file.
+
+        On S3 the listing holds both; of a local file they are looked up one by one.
+
+        Raises:
+            StorageError: If a folder cannot be read, or the bucket is missing.
+        """
+        if is_s3(uri):
+            yield from map(FileEntry._make, self._s3.list_entries(uri))
+            return
+        for found in self.list_files(uri):
+            with _explained_local(found, "look at"):
+                path = local_path(found)
+                try:
+                    status = path.stat()
+                except FileNotFoundError:
+                    # A link that leads nowhere is listed too; it fails when it is read.
+                    status = path.lstat()
+            yield FileEntry(found, status.st_size, status.st_mtime)
 
     def open_writer(self, uri: str) -> AbstractContextManager[BinaryIO]:
         """Open a file for streaming; it appears, whole, when the block ends without an exception.
@@ -236,7 +308,7 @@ class _LocalFile(io.FileIO):
 
 def _new_temporary(target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
-    return target.parent / f"{_TEMP_PREFIX}{os.urandom(16).hex()}{_TEMP_SUFFIX}"
+    return target.parent / f"{TEMP_PREFIX}{os.urandom(16).hex()}{TEMP_SUFFIX}"
 
 
 def _write_local(uri: str, data: bytes, *, only_if_absent: bool) -> bool:
@@ -285,22 +357,6 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _walk(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[str]:
-    """Yield the names of files below a folder, relative to it, in the order of whole names."""
-    status = folder.stat()
-    identity = (status.st_dev, status.st_ino)
-    if identity in above:  # a symbolic link back to a folder that holds it
-        return
-    with os.scandir(folder) as entries:
-        # With its slash a folder sorts where its files sort among the other whole names.
-        names = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in entries)
-    for name in names:
-        if name.endswith("/"):
-            yield from (name + inner for inner in _walk(folder / name, above | {identity}))
-        elif not (name.startswith(_TEMP_PREFIX) and name.endswith(_TEMP_SUFFIX)):
-            yield name
-
-
 @contextmanager
 def _explained_local(uri: str, verb: str) -> Iterator[None]:
     try:
@@ -312,13 +368,14 @@ def _explained_local(uri: str, verb: str) -> Iterator[None]:
             ) from error
         raise MissingFileError(f"cannot {verb} {uri}: no such file; check the path") from error
     except PermissionError as error:
-        raise StorageError(
+        raise UnreadableFileError(
             f"cannot {verb} {uri}: access denied; check owner and mode of the file and its folders"
         ) from error
     except IsADirectoryError as error:
-        raise StorageError(f"cannot {verb} {uri}: it is a folder; name a file") from error
+        raise UnreadableFileError(f"cannot {verb} {uri}: it is a folder; name a file") from error
     except OSError as error:
-        raise StorageError(
+        is_name = error.errno in _NAME_FAULTS
+        raise (UnreadableFileError if is_name else StorageError)(
             f"cannot {verb} {uri}: {error.strerror}; check the disk's space and health, or choose "
             "another place"
         ) from error

@@ -24,7 +24,8 @@ ARROWS: dict[str, set[str]] = {
     "machine": set(),
     "s3_failures": {"errors"},
     "s3_objects": {"errors", "s3_failures"},
-    "storage": {"errors", "s3_failures", "s3_objects"},
+    "local_listing": {"errors"},
+    "storage": {"errors", "local_listing", "s3_failures", "s3_objects"},
     "config": {"errors"},
     "detector": {"errors"},
     "data": {"errors", "detector"},
@@ -33,7 +34,7 @@ ARROWS: dict[str, set[str]] = {
     "anchoring": {"errors", "detector", "data"},
     "training": {"errors", "detector", "data", "artifact", "evaluation"},
     "inference": {"errors", "detector", "data", "artifact", "storage", "evaluation"},
-    "export": {"errors", "detector", "data", "artifact", "inference"},
+    "export": {"errors", "detector", "data", "artifact", "inference", "evaluation"},
     "reporting": {"errors", "detector", "data", "evaluation", "anchoring"},
 }
 # Each of these may use all above it.
@@ -52,6 +53,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "machine": set(),
     "s3_failures": {"botocore"},
     "s3_objects": {"boto3", "botocore", "urllib3"},
+    "local_listing": set(),
     "storage": set(),
     "config": {"annotated_types", "pydantic", "pydantic_core", "yaml"},
     "detector": {"jaxtyping", "torch", "torchvision"},

@@ -190,6 +190,20 @@ def test_open_reader_goes_on_at_the_same_byte_when_the_connection_breaks(
     assert faults == []
 
 
+def test_read_range_asks_again_for_the_rest_when_the_answer_breaks_off(
+    s3_bucket: str, faulty: tuple[Storage, list[str]]
+) -> None:
+    storage, faults = faulty
+    content = os.urandom(MIB)
+    Storage().write_bytes(f"{s3_bucket}/x", content)
+    faults[:] = ["cut the body", "503", "cut the body"]
+    assert storage.read_range(f"{s3_bucket}/x", 1000, MIB // 2) == content[1000:][: MIB // 2]
+    assert faults == []
+    faults[:] = ["cut the body"] * 30
+    with pytest.raises(StorageError, match="cannot read s3://"):
+        storage.read_range(f"{s3_bucket}/x", 5, MIB // 2)
+
+
 def test_open_reader_refuses_to_mix_versions_when_the_object_changes(
     s3_bucket: str, faulty: tuple[Storage, list[str]]
 ) -> None:

@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +27,7 @@ from retinaray.storage import (
 
 MIB = 2**20
 ODD_NAMES = [
+    "line\nend\r.jpg",
     "a#b.jpg",
     "a?b=c&d.jpg",
     "100%25 done.jpg",
@@ -188,6 +190,43 @@ def test_list_files_gives_every_file_once_when_there_are_more_than_a_page(place:
     assert list(storage.list_files(place)) == uris
 
 
+def test_list_entries_tells_lengths_and_dates(place: str) -> None:
+    storage, start_s = Storage(), time.time()
+    for name, content in (("b", b"12345"), ("a/1", b""), ("a/2", b"x")):
+        storage.write_bytes(join_uri(place, name), content)
+    entries = list(storage.list_entries(place))
+    wanted = [("a/1", 0), ("a/2", 1), ("b", 5)]
+    assert [(e.uri, e.num_bytes) for e in entries] == [(join_uri(place, n), s) for n, s in wanted]
+    # S3 gives whole seconds.
+    assert all(start_s - 2 < entry.modified_s < time.time() + 2 for entry in entries)
+    assert list(storage.list_entries(join_uri(place, "b"))) == entries[2:]
+    assert list(storage.list_entries(join_uri(place, "absent"))) == []
+
+
+@pytest.mark.parametrize(("start", "length"), [(0, 1), (0, 1000), (7, 0), (999, 1), (123, 456)])
+def test_read_range_gives_these_bytes_and_no_others(place: str, start: int, length: int) -> None:
+    storage, uri = Storage(), join_uri(place, "x")
+    content = os.urandom(1000)
+    storage.write_bytes(uri, content)
+    assert storage.read_range(uri, start, length) == content[start : start + length]
+
+
+@pytest.mark.parametrize(("start", "length"), [(990, 11), (1000, 1), (2000, 5)])
+def test_read_range_says_so_when_the_file_ends_before(place: str, start: int, length: int) -> None:
+    storage, uri = Storage(), join_uri(place, "x")
+    storage.write_bytes(uri, bytes(1000))
+    with pytest.raises(StorageError, match=r"cannot read .*x: .*(shorter|ends before).*list it"):
+        storage.read_range(uri, start, length)
+
+
+def test_read_range_refuses_what_is_no_range_or_no_file(place: str) -> None:
+    storage = Storage()
+    with pytest.raises(ValueError, match=r"expected a range from 0 on in .*, got 5 at -1"):
+        storage.read_range(join_uri(place, "x"), -1, 5)
+    with pytest.raises(MissingFileError, match="no such"):
+        storage.read_range(join_uri(place, "x"), 0, 5)
+
+
 def test_missing_file_is_told_apart_from_other_failures(place: str) -> None:
     storage, uri = Storage(), join_uri(place, "absent.jpg")
     with pytest.raises(MissingFileError, match=r"cannot read .*absent\.jpg: no such .*; check"):
@@ -261,6 +300,14 @@ def test_list_files_follows_links_once_when_they_lead_back(tmp_path: Path) -> No
     (tmp_path / "linked").symlink_to(tmp_path / "images")
     found = [str(Path(uri).relative_to(tmp_path)) for uri in Storage().list_files(str(tmp_path))]
     assert found == ["images/1.jpg", "linked/1.jpg"]
+
+
+def test_list_entries_describes_a_link_that_leads_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "dead.jpg").symlink_to(tmp_path / "absent")
+    (entry,) = Storage().list_entries(str(tmp_path))
+    assert entry.uri == str(tmp_path / "dead.jpg")
+    with pytest.raises(MissingFileError, match=r"dead\.jpg"):
+        Storage().read_bytes(entry.uri)
 
 
 def test_list_files_hides_what_a_killed_writer_left(tmp_path: Path) -> None:

@@ -8,12 +8,14 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-from retinaray.artifact import ModelCard, model_kind, read_weights
+from retinaray.assembly.kitti import read_kitti_detections
 from retinaray.assembly.reading import (
     make_predictor_settings,
     make_read_settings,
     make_reader,
     read_json,
+    read_model_card,
+    read_model_file,
 )
 from retinaray.assembly.threshold_choice import describe_point
 from retinaray.config.schema import EvaluateJob
@@ -28,7 +30,6 @@ from retinaray.evaluation.operating_points import (
 )
 from retinaray.inference.candidate_collection import collect_candidates, make_candidate_settings
 from retinaray.inference.manifest import list_sources
-from retinaray.inference.onnx_contract import read_onnx_card
 from retinaray.inference.pipeline import ImageResult, detect_images
 from retinaray.inference.predictor import Predictor, load_predictor
 from retinaray.machine import count_cores
@@ -124,7 +125,11 @@ def run_evaluation(job: EvaluateJob) -> EvaluateOutcome:
     content = make_reader(job.reading)(job.annotations)
     categories = load_coco(content, source=job.annotations).categories
     truth = json.loads(content)
-    if job.model.endswith(".json"):
+    if job.kitti.dump is not None:
+        found = read_kitti_detections(job.kitti, job.reading, truth, categories)
+        _write_detections(job, found)
+        return _score_list(job, truth, found, job.kitti.dump)
+    if _name(job).endswith(".json"):
         return _score_file(job, truth)
     predictor, is_apart = _load_predictor(job)
     if predictor.card.categories != categories:
@@ -134,24 +139,21 @@ def run_evaluation(job: EvaluateJob) -> EvaluateOutcome:
             predictor.card.categories.names[:5],
             categories.names[:5],
         )
-    found = (_detect_twice if is_apart else _detect)(job, predictor, truth)
-    _report_failures(found.failed, found.num_images)
-    if job.output is not None:
-        Storage(endpoint_url=job.reading.endpoint_url).write_bytes(
-            job.output, json.dumps(found.detections).encode()
-        )
-    scores = _score(truth, found.detections, job.annotations)
+    seen = (_detect_twice if is_apart else _detect)(job, predictor, truth)
+    _report_failures(seen.failed, seen.num_images)
+    _write_detections(job, seen.detections)
+    scores = _score(truth, seen.detections, job.annotations)
     points: tuple[OperatingPoint, ...] = ()
-    if found.accepted is not None:
+    if seen.accepted is not None:
         points = measure_thresholds(
-            predictor.card.categories, predictor.card.score_thresholds, found.accepted, truth
+            predictor.card.categories, predictor.card.score_thresholds, seen.accepted, truth
         )
     return EvaluateOutcome(
-        model=job.model,
+        model=_name(job),
         backend=predictor.backend,
         scores=scores,
-        num_errors=len(found.failed),
-        images_per_s=round(found.num_images / found.elapsed_s, 2),
+        num_errors=len(seen.failed),
+        images_per_s=round(seen.num_images / seen.elapsed_s, 2),
         points=points,
     )
 
@@ -161,23 +163,17 @@ def _load_predictor(job: EvaluateJob) -> tuple[Predictor, bool]:
 
     Then it is loaded for raw candidates, down to the lowest threshold that AP wants.
     """
-    content = make_reader(job.reading)(job.model)
+    content, sidecar = read_model_file(_name(job), job.reading)
     settings = make_predictor_settings(job.detection, batch=job.batch, threads=count_cores())
-    thresholds = _read_card(content, job.model).score_thresholds
+    thresholds = read_model_card(content, sidecar, _name(job)).score_thresholds
     is_apart = job.detection.score_threshold is None and max(thresholds) > DEFAULT_THRESHOLD
     if is_apart:
         settings = make_candidate_settings(settings, floor=min(DEFAULT_THRESHOLD, *thresholds))
     predictor, reason = load_predictor(
-        content, uri=job.model, backend=job.backend, settings=settings
+        content, uri=_name(job), backend=job.backend, settings=settings, sidecar=sidecar
     )
     logger.info("backend %s: %s", predictor.backend, reason)
     return predictor, is_apart
-
-
-def _read_card(content: bytes, uri: str) -> ModelCard:
-    if model_kind(uri) == "onnx":
-        return read_onnx_card(content, uri=uri)[0]
-    return read_weights(content, source=uri)[0]
 
 
 def _detect(job: EvaluateJob, predictor: Predictor, truth: Any) -> _Found:
@@ -235,18 +231,36 @@ def _detect_twice(job: EvaluateJob, predictor: Predictor, truth: Any) -> _Found:
 
 
 def _score_file(job: EvaluateJob, truth: Any) -> EvaluateOutcome:
-    detections = read_json(job.model, job.reading)
+    detections = read_json(_name(job), job.reading)
     if not isinstance(detections, list):
         raise DatasetError(
-            f"{job.model}: expected a COCO results list, found {type(detections).__name__}"
+            f"{_name(job)}: expected a COCO results list, found {type(detections).__name__}"
         )
+    return _score_list(job, truth, detections, _name(job))
+
+
+def _score_list(
+    job: EvaluateJob, truth: Any, detections: list[dict[str, object]], source: str
+) -> EvaluateOutcome:
     return EvaluateOutcome(
-        model=job.model,
+        model=source,
         backend="",
         scores=_score(truth, detections, job.annotations),
         num_errors=0,
         images_per_s=0.0,
     )
+
+
+def _name(job: EvaluateJob) -> str:
+    """The model or detections file; the settings see to it that there is one, or a dump."""
+    return job.model or ""
+
+
+def _write_detections(job: EvaluateJob, detections: list[dict[str, object]]) -> None:
+    if job.output is not None:
+        Storage(endpoint_url=job.reading.endpoint_url).write_bytes(
+            job.output, json.dumps(detections).encode()
+        )
 
 
 def _score(truth: Any, detections: list[dict[str, object]], source: str) -> CocoScores:

@@ -1,37 +1,36 @@
-"""`export`: weights as an ONNX file, written only when it finds the original's boxes."""
+"""`export`: weights as an ONNX file or an engine, written only if it finds the original's boxes."""
 
 from __future__ import annotations
 
 import json
 import logging
 from dataclasses import asdict, dataclass
-from itertools import islice
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from retinaray.artifact import hash_content, model_kind, read_weights
-from retinaray.assembly.reading import make_read_settings, make_reader
-from retinaray.config.schema import ExportJob
-from retinaray.errors import ExportError
-from retinaray.export.onnx_graph import ExportSettings, export_onnx
-from retinaray.export.parity import (
-    SCORE_MARGIN,
-    ParityReport,
-    compare_predictors,
-    make_test_canvases,
+from retinaray.artifact import hash_content
+from retinaray.assembly.file_gate import (
+    DEFAULT_BATCH,
+    check_content,
+    describe_build,
+    describe_parity,
+    read_model,
 )
-from retinaray.inference.manifest import list_sources
-from retinaray.inference.onnxruntime_backend import OnnxRuntimePredictor
-from retinaray.inference.pipeline import load_canvas
-from retinaray.inference.predictor import PredictorSettings
-from retinaray.inference.torch_backend import TorchPredictor
-from retinaray.machine import count_cores
+from retinaray.assembly.portable_file import FileRequest, read_fixed_batch_of, write_portable_file
+from retinaray.config.schema import (
+    ENGINE_ENDINGS,
+    EngineConfig,
+    ExportJob,
+)
+from retinaray.errors import MissingFileError
+from retinaray.evaluation.parity_rows import ParityRow
+from retinaray.export.nvidia_parser import (
+    NvidiaBuild,
+)
+from retinaray.export.trt_engine import EngineSettings, build_plan, load_tensorrt, sidecar_uri
+from retinaray.inference.onnx_contract import read_onnx_card
 from retinaray.storage import Storage
 
 logger = logging.getLogger(__name__)
-
-_CHECK_IMAGES = 8
 
 
 @dataclass(frozen=True)
@@ -41,37 +40,44 @@ class ExportOutcome:
     Attributes:
         output: Where it is.
         canvas: Height and width that it takes.
+        kind: Types of the ONNX file: fp32, fp16, int8 or int8-fp16.
         input_type: `uint8` or `float32`.
         num_bytes: Its size.
         sha256: Its hash.
         parity: How far ONNX Runtime's boxes lie from torch's.
+        nvidia: What NVIDIA's builder made of it; none = not asked.
         exit_code: 0.
     """
 
     output: str
     canvas: tuple[int, int]
+    kind: str
     input_type: str
     num_bytes: int
     sha256: str
-    parity: ParityReport
+    parity: ParityRow
+    nvidia: NvidiaBuild | None = None
     exit_code: int = 0
 
     def to_json(self) -> str:
         """One line for machines."""
-        return json.dumps(asdict(self))
+        values: dict[str, Any] = {
+            **vars(self),
+            "parity": self.parity.to_dict(),
+            "nvidia": asdict(self.nvidia) if self.nvidia else None,
+        }
+        return json.dumps(values)
 
     def to_text(self) -> str:
         """A few lines for people."""
-        parity = self.parity
-        return (
-            f"{self.output}  {self.canvas[0]}x{self.canvas[1]} (height x width), "
-            f"{self.input_type} input, "
-            f"{self.num_bytes / 1e6:.1f} MB\n"
-            f"{parity.num_boxes} boxes in {parity.num_images} images compared with torch: "
-            f"{parity.num_missing} missing, {parity.num_extra} too many, "
-            f"largest difference {parity.max_box_px:.3f} px, "
-            f"score {parity.max_score:.1e}"
-        )
+        lines = [
+            f"{self.output}  {self.canvas[0]}x{self.canvas[1]} (height x width), {self.kind}, "
+            f"{self.input_type} input, {self.num_bytes / 1e6:.1f} MB",
+            describe_parity(self.parity),
+        ]
+        if self.nvidia is not None:
+            lines.append(describe_build(self.nvidia))
+        return "\n".join(lines)
 
 
 def run_export(job: ExportJob) -> ExportOutcome:
@@ -79,69 +85,84 @@ def run_export(job: ExportJob) -> ExportOutcome:
 
     Raises:
         CheckpointError: If the weights cannot be read.
-        ExportError: If the export fails, or its boxes differ by more than the tolerance.
+        ExportError: If the export fails, its boxes differ by more than the tolerance, or NVIDIA's
+            builder refuses it.
+        InferenceError: If an engine is asked for and cannot be built here.
         DatasetError, ImageError: If the images of the comparison cannot be used.
         StorageError: If a file cannot be read or written.
     """
-    if model_kind(job.model) != "weights":
-        raise ExportError(f"{job.model}: expected the .pth weights that `retinaray train` wrote")
-    storage = Storage(endpoint_url=job.reading.endpoint_url)
-    card, model = read_weights(storage.read_bytes(job.model), source=job.model)
-    settings = ExportSettings(canvas=job.size or card.canvas, input_type=job.input, top_k=job.top_k)
-    logger.info("exporting for %dx%d (height x width)", *settings.canvas)
-    content = export_onnx(model, card, settings)
-    threads = count_cores()
-    torch.set_num_threads(threads)
-    # As many detections as candidates: a limit could cut two equal scores one way here, the other
-    # way there.
-    running = PredictorSettings(
-        batch=1, threads=threads, canvas=settings.canvas, max_detections=settings.top_k
+    card, model, storage = read_model(job.model, job.reading)
+    is_engine = job.output.endswith(ENGINE_ENDINGS)
+    if is_engine:
+        # What is missing is said before minutes of work.
+        load_tensorrt()
+    request = FileRequest(
+        canvas=job.size or card.canvas,
+        precision=job.precision,
+        # An engine is built by strong typing, as everything else than TensorRT 8 can.
+        target=job.target or ("tensorrt11" if is_engine else None),
+        typing="strong" if is_engine else None,
+        input_type=job.input,
+        fixed_batch=read_fixed_batch_of(job.batch),
+        top_k=job.top_k,
     )
-    report = compare_predictors(
-        TorchPredictor(model, card=card, settings=running, top_k=settings.top_k),
-        OnnxRuntimePredictor(content, uri=job.output, settings=running),
-        _read_canvases(job, storage, settings.canvas),
+    logger.info("exporting for %dx%d (height x width)", *request.canvas)
+    content = write_portable_file(
+        model, card, request, calibration=job.calibration, reading=job.reading
     )
-    _refuse_differences(job, report)
-    storage.write_bytes(job.output, content)
+    row, nvidia = check_content(
+        content,
+        name=job.output,
+        model=model,
+        card=card,
+        gate=job.gate,
+        calibration=job.calibration,
+        reading=job.reading,
+        batch=job.batch or DEFAULT_BATCH,
+    )
+    written = content
+    if is_engine:
+        written = _write_engine(job, content, storage)
+    storage.write_bytes(job.output, written)
     return ExportOutcome(
         output=job.output,
-        canvas=settings.canvas,
-        input_type=settings.input_type,
-        num_bytes=len(content),
-        sha256=hash_content(content),
-        parity=report,
+        canvas=request.canvas,
+        kind=request.kind,
+        input_type=read_onnx_card(content, uri=job.output)[1],
+        num_bytes=len(written),
+        sha256=hash_content(written),
+        parity=row,
+        nvidia=nvidia,
     )
 
 
-def _refuse_differences(job: ExportJob, report: ParityReport) -> None:
-    if (
-        report.num_missing
-        or report.num_extra
-        or report.max_box_px > job.tolerance_px
-        or report.max_score > SCORE_MARGIN
-    ):
-        raise ExportError(
-            f"{job.output} was not written: of {report.num_boxes} boxes {report.num_missing} are "
-            f"missing, {report.num_extra} are too many, the largest difference is "
-            f"{report.max_box_px:.3f} px (tolerance {job.tolerance_px} px), of a score "
-            f"{report.max_score:.4f} (tolerance {SCORE_MARGIN})"
-        )
-    if report.num_boxes == 0:
-        logger.warning(
-            "the model found nothing in %d images, so nothing was compared: "
-            "give images that show its classes (--images)",
-            report.num_images,
-        )
+def _write_engine(job: ExportJob, content: bytes, storage: Storage) -> bytes:
+    """Build the engine, write what goes beside it, and give it."""
+    settings = make_engine_settings(job.engine, job.batch or DEFAULT_BATCH, storage)
+    files = build_plan(content, uri=job.output, settings=settings)
+    storage.write_bytes(sidecar_uri(job.output), files.sidecar)
+    if job.engine.timing_cache is not None and files.timing_cache is not None:
+        storage.write_bytes(job.engine.timing_cache, files.timing_cache)
+    return files.plan
 
 
-def _read_canvases(job: ExportJob, storage: Storage, canvas: tuple[int, int]) -> list[Tensor]:
-    if job.images is None:
-        return make_test_canvases(canvas)
-    sources = islice(list_sources(job.images, None, storage), _CHECK_IMAGES)
-    settings = make_read_settings(job.reading)
-    reader = make_reader(job.reading)
-    return [
-        torch.from_numpy(load_canvas(source, canvas, reader, settings)[0]).permute(2, 0, 1)
-        for source in sources
-    ]
+def make_engine_settings(
+    config: EngineConfig, batch: tuple[int, int, int], storage: Storage
+) -> EngineSettings:
+    """Settings of the builder, with the timing cache read where there is one."""
+    cache = None
+    if config.timing_cache is not None:
+        try:
+            cache = storage.read_bytes(config.timing_cache)
+        except MissingFileError:
+            logger.info(
+                "%s: no timing cache yet; it is written after the build", config.timing_cache
+            )
+    return EngineSettings(
+        batch=batch,
+        workspace_bytes=config.workspace_mib << 20,
+        timing_cache=cache,
+        version_compatible=config.version_compatible,
+        hardware_compatibility=config.hardware_compatibility,
+        optimization_level=config.optimization_level,
+    )

@@ -6,9 +6,12 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from retinaray.artifact import ModelCard, model_kind, read_weights
 from retinaray.config.schema import DetectionConfig, ReadingConfig
-from retinaray.errors import DatasetError
+from retinaray.errors import DatasetError, MissingFileError
+from retinaray.inference.onnx_contract import read_onnx_card
 from retinaray.inference.pipeline import ReadSettings
+from retinaray.inference.plan_sidecar import read_sidecar, sidecar_uri
 from retinaray.inference.predictor import PredictorSettings
 from retinaray.storage import Storage, is_s3, local_path
 
@@ -43,6 +46,37 @@ def make_predictor_settings(
         max_detections=detection.max_detections,
         nms_kind=detection.nms_kind,
     )
+
+
+def read_model_file(uri: str, reading: ReadingConfig) -> tuple[bytes, bytes | None]:
+    """A model file, and the description beside it if it is an engine that has one.
+
+    Raises:
+        StorageError: If it cannot be read.
+    """
+    read = make_reader(reading)
+    content = read(uri)
+    if model_kind(uri) != "plan":
+        return content, None
+    try:
+        return content, read(sidecar_uri(uri))
+    except MissingFileError:
+        # Whoever loads it says what is missing and what to do.
+        return content, None
+
+
+def read_model_card(content: bytes, sidecar: bytes | None, uri: str) -> ModelCard:
+    """The card of a model file of any kind.
+
+    Raises:
+        CheckpointError: If the file is damaged or none of ours.
+    """
+    kind = model_kind(uri)
+    if kind == "plan":
+        return read_sidecar(sidecar, uri=uri).card
+    if kind == "onnx":
+        return read_onnx_card(content, uri=uri)[0]
+    return read_weights(content, source=uri)[0]
 
 
 def read_json(uri: str, reading: ReadingConfig) -> Any:

@@ -206,6 +206,11 @@ def run_thresholds(job: ThresholdsJob) -> ThresholdsOutcome:
 
 def _check_names(job: ThresholdsJob) -> None:
     kind = model_kind(job.model)
+    if kind == "plan":
+        raise ConfigError(
+            f"model={job.model}: thresholds are written into .pth and .onnx files: "
+            "choose them there, then build the engine from that file"
+        )
     if job.output is not None and model_kind(job.output) != kind:
         raise ConfigError(
             f"output={job.output} is another kind of file than model={job.model}: give it the same "

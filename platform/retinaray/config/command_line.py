@@ -187,10 +187,22 @@ class _Scanner:
         if change is not None:
             self._take_change(token, change[1], change[2])
         elif self._positionals:
-            option = self._positionals.pop(0)
-            self._change(option, token, option.spelling)
+            self._take_positional(token)
         else:
             self._fault(f"argument {token}: not expected here; an option's name must precede it")
+
+    def _take_positional(self, token: str) -> None:
+        option = self._positionals[0]
+        if not option.shape.is_list:
+            self._positionals.pop(0)
+            self._change(option, token, option.spelling)
+            return
+        # The last one takes all that come; see `OptionTable`.
+        values = self._found.changes.get(option.key)
+        if isinstance(values, list):
+            values.append(token)
+        else:
+            self._change(option, [token], option.spelling)
 
     def _take_change(self, token: str, key: str, value: str) -> None:
         option = self._table.by_path.get(tuple(key.split(".")))

@@ -99,6 +99,8 @@ def _title(name: str, section: type[Config]) -> str:
 
 def _name_positional(option: Option) -> str:
     name = option.flag.metavar if option.flag is not None else option.key
+    if option.shape.is_list:
+        name = f"{name} [{name} ...]"
     return name if option.is_required else f"[{name}]"
 
 

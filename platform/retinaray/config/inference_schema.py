@@ -19,15 +19,6 @@ from retinaray.config.nodes import (
 )
 
 
-def _expect_onnx_name(value: str) -> str:
-    if not value.endswith(".onnx"):
-        raise ValueError(
-            "expected a name that ends in .onnx; a TensorRT engine is built from that file on the "
-            "machine that runs it"
-        )
-    return value
-
-
 def _name_given(resize: int | None, max_size: int | None) -> str:
     sides = {"detection.resize": resize, "detection.max_size": max_size}
     return " with ".join(f"{key}={side}" for key, side in sides.items() if side is not None)
@@ -82,6 +73,22 @@ class DetectionConfig(Config):
         return self
 
 
+class KittiConfig(Config):
+    """Detections that DeepStream dumped on a device, instead of a model's."""
+
+    dump: Annotated[Location | None, Flag("--kitti-dump", metavar="DIR")] = None
+    """Folder of gie-kitti-output-dir, one .txt per frame."""
+    order: Annotated[Location | None, Flag("--kitti-order", metavar="FILE")] = None
+    """File names of the images in the order in which the device saw them, one per line; none = by
+    name."""
+    frame: Annotated[Size | None, Flag("--kitti-frame", unit="px", metavar="H W")] = None
+    """Height and width of the frames that the muxer made; none = those of each image."""
+    has_track_ids: Annotated[bool, Flag("--kitti-track")] = False
+    """The dump is that of kitti-track-output-dir, with an identity after the label."""
+    stream: Annotated[int | None, Field(ge=0), Flag("--kitti-stream")] = None
+    """Which stream of the dump; none = there is only one."""
+
+
 class EvaluateJob(Job):
     """Score a model or a detections file against ground truth with COCO's twelve numbers."""
 
@@ -89,10 +96,12 @@ class EvaluateJob(Job):
     examples: ClassVar[tuple[str, ...]] = (
         "retinaray evaluate model.pth --images data/test --annotations data/test.json",
         "retinaray evaluate detections.json --annotations data/test.json",
+        "retinaray evaluate --kitti-dump dump --annotations data/test.json",
     )
 
-    model: Annotated[Location, Flag("model", metavar="MODEL|detections.json")]
-    """.pth or .onnx file, or a detections.json to score as it is."""
+    model: Annotated[Location | None, Flag("model", metavar="MODEL|detections.json")] = None
+    """.pth, .onnx or .plan file, or a detections.json to score as it is; none with
+    --kitti-dump."""
     images: Annotated[Location, Flag("--images", metavar="DIR|s3://")] = "."
     """Folder or S3 prefix of the images."""
     annotations: Annotated[Location, Flag("--annotations", metavar="FILE")]
@@ -104,36 +113,21 @@ class EvaluateJob(Job):
     output: Annotated[Location | None, Flag("--output", metavar="FILE")] = None
     """Also write the detections there as COCO results."""
     detection: DetectionConfig = DetectionConfig()
+    kitti: KittiConfig = KittiConfig()
     reading: ReadingConfig = ReadingConfig()
 
-
-class ExportJob(Job):
-    """Write a trained model as one portable ONNX file and check it box by box."""
-
-    verb: ClassVar[str] = "export"
-    examples: ClassVar[tuple[str, ...]] = (
-        "retinaray export model.pth model.onnx --size 640 960",
-        "retinaray export model.pth deepstream.onnx --config jobs/configs/export_deepstream.yaml",
-    )
-
-    model: Annotated[Location, Flag("model", metavar="model.pth")]
-    """Trained weights."""
-    output: Annotated[
-        Location, AfterValidator(_expect_onnx_name), Flag("export", metavar="model.onnx")
-    ]
-    """File to write."""
-    size: Annotated[Size | None, Flag("--size", unit="px", metavar="H W")] = None
-    """Canvas of the exported network; none = the one it was trained with. Any height and width
-    are right."""
-    input: Annotated[Literal["uint8", "float32"], Flag("--input")] = "uint8"
-    """Type of the input tensor, RGB 0..255: uint8 for batch inference, float32 for DeepStream."""
-    top_k: Annotated[int, Field(ge=1, le=3839), Flag("--top-k", unit="per image")] = 1000
-    """Candidates that leave the network per image (TensorRT takes fewer than 3840)."""
-    images: Annotated[Location | None, Flag("--images", metavar="DIR|s3://")] = None
-    """Images for the box-by-box check; none = the sample pictures made from noise and edges."""
-    tolerance_px: Annotated[float, Field(gt=0), Flag("--tolerance", unit="px")] = 0.5
-    """Largest difference of a matched box from the original."""
-    reading: ReadingConfig = ReadingConfig()
+    @model_validator(mode="after")
+    def _check_fields_together(self) -> EvaluateJob:
+        require(
+            [
+                (
+                    bool(self.model) != (self.kitti.dump is not None),
+                    f"model={self.model or 'none'} and kitti.dump={self.kitti.dump or 'none'}: "
+                    "expected a model, a detections.json or --kitti-dump, and one of them only",
+                ),
+            ]
+        )
+        return self
 
 
 class InferJob(Job):

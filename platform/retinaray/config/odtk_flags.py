@@ -32,9 +32,6 @@ class OdtkFlag:
 
 
 _ROTATED = "rotated boxes are not supported; remove it and train on upright boxes"
-_INT8 = (
-    "a model is exported in float32; quantise the ONNX file where the engine is built; remove it"
-)
 
 _EVERYWHERE: Mapping[str, OdtkFlag] = {
     "--with-dali": OdtkFlag("none", "not needed, loader processes decode; remove it"),
@@ -67,17 +64,14 @@ _TRAIN: Mapping[str, OdtkFlag] = {
     "--augment-free-rotate": OdtkFlag("many", "it never had an effect in ODTK; remove it"),
 }
 _EXPORT: Mapping[str, OdtkFlag] = {
-    "--full-precision": OdtkFlag(
-        "none", "not needed, the ONNX file is float32; the engine's builder chooses; remove it"
+    "--full-precision": OdtkFlag("none", "", change=("precision", "fp32")),
+    "--int8": OdtkFlag("none", "", change=("precision", "int8")),
+    "--calibration-table": OdtkFlag(
+        "one", "not needed, the calibrated ranges are in the exported file itself; remove it"
     ),
-    "--int8": OdtkFlag("none", _INT8),
-    "--calibration-batches": OdtkFlag("one", _INT8),
-    "--calibration-images": OdtkFlag("one", _INT8),
-    "--calibration-table": OdtkFlag("one", _INT8),
     "--dynamic-batch-opts": OdtkFlag(
-        "many", "not needed, any batch size is right for the ONNX file; remove it"
+        "many", "use --batch with the same numbers: least, usual and most images per call"
     ),
-    "--batch": OdtkFlag("one", "not needed, any batch size is right for the ONNX file; remove it"),
 }
 _BY_VERB: Mapping[str, Mapping[str, OdtkFlag]] = {"train": _TRAIN, "export": _EXPORT}
 

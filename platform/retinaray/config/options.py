@@ -42,7 +42,8 @@ class ValueShape:
         is_optional: The word `none` is taken, too.
         choices: The words allowed when kind is "choice".
         bounds: Allowed range as text, such as " from 32 to 8192"; empty when there is none.
-        count: Allowed number of list elements as text, such as "1 to 9"; empty when any.
+        count: Allowed number of list elements as text, such as "1 to 9" or "1 or more"; empty when
+            any.
     """
 
     kind: Kind
@@ -128,6 +129,9 @@ class OptionTable:
                 if name in self.by_name:
                     raise ValueError(f"{name} is both {self.by_name[name].key} and {option.key}")
                 self.by_name[name] = option
+        for option in self.positionals[:-1]:
+            if option.shape.is_list:
+                raise ValueError(f"{option.key} takes all that come: no argument may follow it")
 
     @property
     def positionals(self) -> tuple[Option, ...]:
@@ -290,4 +294,6 @@ def _describe_bounds(metadata: list[Any]) -> str:
 def _describe_count(metadata: list[Any]) -> str:
     low = next((e.min_length for e in metadata if isinstance(e, annotated_types.MinLen)), 0)
     high = next((e.max_length for e in metadata if isinstance(e, annotated_types.MaxLen)), None)
-    return f"{low} to {high}" if high is not None else ""
+    if high is not None:
+        return f"{low} to {high}"
+    return f"{low} or more" if low else ""

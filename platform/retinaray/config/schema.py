@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from retinaray.config.export_schema import (
+    ENGINE_ENDINGS,
+    BundleJob,
+    CalibrationConfig,
+    EngineConfig,
+    ExportJob,
+    GateConfig,
+)
 from retinaray.config.inference_schema import (
     DemoJob,
     DetectionConfig,
     DoctorJob,
     EvaluateJob,
-    ExportJob,
     InferJob,
+    KittiConfig,
     ThresholdsJob,
 )
 from retinaray.config.nodes import (
@@ -20,6 +28,7 @@ from retinaray.config.nodes import (
     ReadingConfig,
     Size,
 )
+from retinaray.config.parity_schema import ParityJob, ToleranceConfig
 from retinaray.config.sweep_schema import AnchorsJob, SweepConfig, TuneJob
 from retinaray.config.training_schema import (
     AnchorConfig,
@@ -33,28 +42,36 @@ from retinaray.config.training_schema import (
 )
 
 __all__ = [
+    "ENGINE_ENDINGS",
     "JOBS",
     "AnchorConfig",
     "AnchorsJob",
     "AugmentConfig",
     "BackboneName",
     "BackendName",
+    "BundleJob",
+    "CalibrationConfig",
     "Config",
     "DemoJob",
     "DetectionConfig",
     "DoctorJob",
+    "EngineConfig",
     "EvaluateJob",
     "ExportJob",
     "Flag",
+    "GateConfig",
     "InferJob",
     "Job",
+    "KittiConfig",
     "LossConfig",
     "ModelConfig",
     "OptimConfig",
+    "ParityJob",
     "ReadingConfig",
     "Size",
     "SweepConfig",
     "ThresholdsJob",
+    "ToleranceConfig",
     "TrainDataConfig",
     "TrainJob",
     "TrainRunConfig",
@@ -67,6 +84,8 @@ JOBS: tuple[type[Job], ...] = (
     EvaluateJob,
     ThresholdsJob,
     ExportJob,
+    ParityJob,
+    BundleJob,
     InferJob,
     AnchorsJob,
     DoctorJob,

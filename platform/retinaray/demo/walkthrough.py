@@ -254,7 +254,7 @@ def _export(data: _Dataset, folder: Path, clock: _Clock) -> None:
         "images": str(data.images),
     }
     exported = run_export(load_from_dict(ExportJob, settings))
-    parity = f"largest box difference from torch {exported.parity.max_box_px:.3f} px"
+    parity = f"largest box difference from torch {exported.parity.candidates.box_px.max:.3f} px"
     clock.note("export", f"{exported.num_bytes / 1e6:.1f} MB ONNX, {parity}")
 
 

@@ -19,9 +19,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from retinaray.artifact import ModelCard, hash_content, model_kind, read_weights
+from retinaray.artifact import ModelCard, hash_content, model_kind
 from retinaray.assembly.provenance import collect_versions, make_run_id
-from retinaray.assembly.reading import absolute_uri, make_predictor_settings, read_json
+from retinaray.assembly.reading import (
+    absolute_uri,
+    make_predictor_settings,
+    read_json,
+    read_model_card,
+    read_model_file,
+)
 from retinaray.config.loading import load_from_dict, to_dict
 from retinaray.config.schema import InferJob
 from retinaray.distributed.infer_outcome import InferOutcome
@@ -30,7 +36,6 @@ from retinaray.distributed.run_settings import compare_settings
 from retinaray.errors import ClusterError, ConfigError
 from retinaray.evaluation.coco_map import evaluate_detections
 from retinaray.inference.manifest import Part, cut_parts, list_sources
-from retinaray.inference.onnx_contract import read_onnx_card
 from retinaray.inference.part_attempts import MAX_ATTEMPTS
 from retinaray.inference.predictor import check_canvas, choose_backend
 from retinaray.inference.run_files import RunFiles, RunTotals
@@ -70,8 +75,8 @@ def run_inference(job: InferJob) -> InferOutcome:
     storage = Storage(endpoint_url=job.reading.endpoint_url)
     files = RunFiles(_run_root(job.output), storage)
     truth = read_json(job.annotations, job.reading) if job.annotations else None
-    content = storage.read_bytes(job.model)
-    card = _read_card(content, job)
+    content, sidecar = read_model_file(job.model, job.reading)
+    card = _read_card(content, sidecar, job)
     with RunLock(files.root, storage).held() as lock:
         return _drive(job, files, lock, truth=truth, content=content, card=card, start=start)
 
@@ -147,7 +152,7 @@ def _run_root(output: str) -> str:
     return f"{output.removesuffix('.json')}_run" if output.endswith(".json") else output
 
 
-def _read_card(content: bytes, job: InferJob) -> ModelCard:
+def _read_card(content: bytes, sidecar: bytes | None, job: InferJob) -> ModelCard:
     """The model's card; what no cluster could run is refused here, before Ray starts.
 
     Raises:
@@ -156,9 +161,9 @@ def _read_card(content: bytes, job: InferJob) -> ModelCard:
     """
     kind = model_kind(job.model)
     choose_backend(kind, job.backend, has_gpu=True)
+    card = read_model_card(content, sidecar, job.model)
     if kind == "weights":
-        return read_weights(content, source=job.model)[0]
-    card = read_onnx_card(content, uri=job.model)[0]
+        return card
     asked = make_predictor_settings(job.detection, batch=job.batch, threads=1).canvas
     check_canvas(asked, card.canvas, job.model)
     return card

@@ -10,7 +10,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from retinaray.assembly.reading import make_predictor_settings, make_read_settings
+from retinaray.assembly.reading import (
+    make_predictor_settings,
+    make_read_settings,
+    read_model_file,
+)
 from retinaray.config.loading import load_from_dict
 from retinaray.config.schema import InferJob
 from retinaray.errors import RetinarayError
@@ -60,9 +64,11 @@ class DetectWorker:
         self._storage = Storage(endpoint_url=settings.reading.endpoint_url)
         self._files = RunFiles(root, self._storage)
         self._done = done
+        content, sidecar = read_model_file(settings.model, settings.reading)
         self._predictor, _ = load_predictor(
-            self._storage.read_bytes(settings.model),
+            content,
             uri=settings.model,
+            sidecar=sidecar,
             backend=backend,
             settings=make_predictor_settings(
                 settings.detection, batch=settings.batch, threads=threads

@@ -2,7 +2,7 @@
 
 A part is the unit of work and of commitment. The cut depends on the order of the images alone, so
 that the files of a run do not depend on the number of workers. Everything streams: nothing here
-grows with the number of images.
+grows with the number of images, except with a COCO file, which is read whole.
 """
 
 from __future__ import annotations
@@ -11,38 +11,28 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import PurePosixPath
 from typing import Any
 
 from retinaray.data.coco import resolve_image_uri
 from retinaray.errors import DatasetError
+from retinaray.inference.manifest_tables import folder_of, is_table, list_table
 from retinaray.inference.pipeline import ImageSource
-from retinaray.storage import Storage, is_s3, join_uri
-
-IMAGE_SUFFIXES = frozenset(
-    [
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".png",
-        ".bmp",
-        ".gif",
-        ".webp",
-        ".tif",
-        ".tiff",
-        ".avif",
-        ".jp2",
-        ".j2k",
-        ".mpo",
-        ".ppm",
-        ".pgm",
-    ]
+from retinaray.inference.source_filters import FoundImage, SourceChoice, SourceSieve
+from retinaray.inference.source_listing import (
+    IMAGE_SUFFIXES,
+    is_shard,
+    list_folder,
+    list_named_shards,
+    name_below,
+    open_shards,
 )
+from retinaray.storage import Storage
+
 # The first parts are small, so that a small set still keeps all workers busy; later ones amortise
 # the commit.
 _GROWTH = ((64, 16), (64, 64), (256, 256))
 _LARGEST = 1000
+_TAKE_ALL = SourceChoice()
 
 
 @dataclass(frozen=True)
@@ -59,57 +49,85 @@ class Part:
 
 
 def list_sources(
-    images: str, annotations: Mapping[str, Any] | None, storage: Storage
+    images: str,
+    annotations: Mapping[str, Any] | None,
+    storage: Storage,
+    *,
+    choice: SourceChoice = _TAKE_ALL,
+    threads: int = 8,
 ) -> Iterator[ImageSource]:
     """The images of a run.
 
     Args:
-        images: Folder, S3 prefix, .txt list of URIs, or COCO .json whose file names lie beside it.
+        images: Folder or S3 prefix of image files or of tars; one image; one .tar or a numbered
+            range of them (`a-{000..012}.tar`); a list (.txt, .csv, .jsonl, .parquet; see
+            `manifest_tables`); or a COCO .json whose file names lie beside it.
         annotations: Content of a COCO file; then `images` is the folder or prefix of its file
             names.
         storage: Where to look.
+        choice: Which of the images that are found are taken.
+        threads: Tars whose headers are read at once.
 
     Yields:
-        Images in the order of the COCO file or of the list, else sorted by URI. Ids are the COCO
-        file's, else they count from 1.
+        Images in the order of the COCO file or of the list, else sorted by URI, those of a tar in
+        its order. Ids are the COCO file's or the list's, else they count from 1 over the images
+        that are taken.
 
     Raises:
-        DatasetError: If there is no image, or the list is malformed.
+        ConfigError: If the choice asks for lengths or dates and there is no listing that knows
+            them.
+        DatasetError: If there is no image, none is left, or a list or tar is malformed.
         StorageError: If the location cannot be read.
     """
+    sieve = SourceSieve(choice, images)
     if annotations is not None:
+        sieve.expect_no_details("a COCO file")
         found = _list_coco(images, annotations)
     elif images.lower().endswith(".json"):
+        sieve.expect_no_details("a COCO file")
         content = _parse_json(storage.read_bytes(images), images)
-        found = _list_coco(_parent(images), content)
-    elif images.lower().endswith((".txt", ".lst")):
-        found = _number(_read_list(images, storage))
+        found = _list_coco(folder_of(images), content)
+    elif is_table(images):
+        sieve.expect_no_details("a list of images")
+        found = open_shards(list_table(images, storage), storage, threads=threads)
+    elif is_shard(images):
+        sieve.expect_no_dates("a tar that is named")
+        found = open_shards(list_named_shards(images, sieve), storage, threads=threads)
     else:
-        found = _number(uri for uri in storage.list_files(images) if _is_image(uri))
-    return _refuse_empty(found, images)
+        found = open_shards(list_folder(images, storage, sieve), storage, threads=threads)
+    return _refuse_empty(_number(sieve.choose(found)), images)
+
+
+def source_root(images: str, annotations: Mapping[str, Any] | None = None) -> str:
+    """The folder or prefix that the images of `list_sources` lie in, as far as one is known.
+
+    URIs below it become file names of a COCO data set that is written from the results.
+    """
+    is_folder = annotations is not None or not (
+        images.lower().endswith(".json") or is_table(images) or is_shard(images)
+    )
+    return images.rstrip("/") if is_folder else folder_of(images)
+
+
+def _number(found: Iterable[FoundImage]) -> Iterator[ImageSource]:
+    for number, image in enumerate(found, start=1):
+        image_id = number if image.image_id is None else image.image_id
+        yield ImageSource(image_id, image.uri, image.member, image.columns)
 
 
 def _refuse_empty(sources: Iterator[ImageSource], images: str) -> Iterator[ImageSource]:
     first = next(sources, None)
     if first is None:
         raise DatasetError(
-            f"{images}: no images found; expected a folder, an S3 prefix, a .txt list of URIs "
-            "or a COCO .json "
+            f"{images}: no images found; expected a folder, an S3 prefix, a .tar, a list of URIs "
+            "(.txt, .csv, .jsonl, .parquet) or a COCO .json "
             f"(image files end in {', '.join(sorted(IMAGE_SUFFIXES)[:6])}, ...)"
         )
     yield first
     yield from sources
 
 
-def _is_image(uri: str) -> bool:
-    return PurePosixPath(uri).suffix.lower() in IMAGE_SUFFIXES
-
-
-def _number(uris: Iterable[str]) -> Iterator[ImageSource]:
-    return (ImageSource(number, uri) for number, uri in enumerate(uris, start=1))
-
-
-def _list_coco(root: str, content: Any) -> Iterator[ImageSource]:
+def _list_coco(root: str, content: Any) -> Iterator[FoundImage]:
     records = content.get("images") if isinstance(content, Mapping) else None
     if not isinstance(records, list):
         raise DatasetError(f"COCO file for {root}: expected an object with a list 'images'")
@@ -127,10 +145,12 @@ def _list_coco(root: str, content: Any) -> Iterator[ImageSource]:
                 "run `retinaray doctor --fix` on it"
             )
         seen.add(record["id"])
-    return (
-        ImageSource(record["id"], resolve_image_uri(root, record["file_name"]))
-        for record in records
-    )
+    return (_make_coco_image(root, record) for record in records)
+
+
+def _make_coco_image(root: str, record: Mapping[str, Any]) -> FoundImage:
+    uri = resolve_image_uri(root, record["file_name"])
+    return FoundImage(name_below(root, uri), uri, image_id=record["id"])
 
 
 def _is_complete(record: Any) -> bool:
@@ -139,31 +159,6 @@ def _is_complete(record: Any) -> bool:
         and type(record.get("id")) in (int, str)
         and isinstance(record.get("file_name"), str)
     )
-
-
-def _read_list(uri: str, storage: Storage) -> Iterator[str]:
-    """URIs of a text file, one per line, relative to the file; `#` is part of a name."""
-    root = _parent(uri)
-    with storage.open_reader(uri) as reader:
-        for number, line in enumerate(reader, start=1):
-            entry = _decode_line(line, uri, number)
-            if entry:
-                is_absolute = is_s3(entry) or entry.startswith(("/", "file://"))
-                yield entry if is_absolute else join_uri(root, entry)
-
-
-def _decode_line(line: bytes, uri: str, number: int) -> str:
-    try:
-        return line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise DatasetError(
-            f"{uri}, line {number}: expected UTF-8 text, one URI per line: {error}"
-        ) from error
-
-
-def _parent(uri: str) -> str:
-    folder, slash, _ = uri.rpartition("/")
-    return folder or slash or "."
 
 
 def _parse_json(content: bytes, uri: str) -> Any:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Literal
+
 from retinaray.artifact import ModelCard
 from retinaray.errors import CheckpointError
 
+if TYPE_CHECKING:
+    import onnx
+
 INPUT_NAME = "images"
 OUTPUT_NAMES = ("boxes", "scores", "labels")
+
+Precision = Literal["fp32", "fp16", "int8"]
 
 
 def read_onnx_card(content: bytes, *, uri: str) -> tuple[ModelCard, str]:
@@ -24,14 +31,8 @@ def read_onnx_card(content: bytes, *, uri: str) -> tuple[ModelCard, str]:
             than they say.
     """
     import onnx
-    from google.protobuf.message import DecodeError
 
-    try:
-        model = onnx.load_model_from_string(content)
-    except DecodeError as error:
-        raise CheckpointError(
-            f"{uri}: not a readable ONNX file ({len(content)} bytes): {error}"
-        ) from error
+    model = _load(content, uri)
     inputs = {value.name: value for value in model.graph.input}
     outputs = tuple(value.name for value in model.graph.output)
     if set(inputs) != {INPUT_NAME} or outputs != OUTPUT_NAMES:
@@ -52,3 +53,53 @@ def read_onnx_card(content: bytes, *, uri: str) -> tuple[ModelCard, str]:
             f"{onnx.TensorProto.DataType.Name(tensor.elem_type)}; export it with `retinaray export`"
         )
     return card, types[tensor.elem_type]
+
+
+def read_precision(content: bytes, *, uri: str = "the ONNX file") -> Precision:
+    """What a file computes its convolutions in, by its graph: its name says nothing about it.
+
+    Args:
+        content: The ONNX file.
+        uri: Its name, for messages.
+
+    Returns:
+        `int8` with Q/DQ nodes, whatever the other layers have; else `fp16` with float16 weights.
+
+    Raises:
+        CheckpointError: If it is not ONNX.
+    """
+    import onnx
+
+    graph = _load(content, uri).graph
+    if any(node.op_type == "QuantizeLinear" for node in graph.node):
+        return "int8"
+    is_half = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in graph.initializer)
+    return "fp16" if is_half else "fp32"
+
+
+def read_fixed_batch(content: bytes, *, uri: str = "the ONNX file") -> int | None:
+    """The only batch size that a file takes; none = any.
+
+    Args:
+        content: The ONNX file.
+        uri: Its name, for messages.
+
+    Raises:
+        CheckpointError: If it is not ONNX, or has no such input.
+    """
+    inputs = _load(content, uri).graph.input
+    if len(inputs) != 1 or not inputs[0].type.tensor_type.shape.dim:
+        raise CheckpointError(f"{uri}: expected one input {INPUT_NAME!r} of four axes")
+    return inputs[0].type.tensor_type.shape.dim[0].dim_value or None
+
+
+def _load(content: bytes, uri: str) -> onnx.ModelProto:
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        return onnx.load_model_from_string(content)
+    except DecodeError as error:
+        raise CheckpointError(
+            f"{uri}: not a readable ONNX file ({len(content)} bytes): {error}"
+        ) from error

@@ -6,7 +6,7 @@ cluster run. One bad image is one error, never a failed run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -20,19 +20,52 @@ from retinaray.data.coco_results import coco_results
 from retinaray.data.image_decoding import decode_image
 from retinaray.data.transforms import Placement, letterbox
 from retinaray.detector.postprocess import Detections
-from retinaray.errors import ImageError, StorageError
+from retinaray.errors import ImageError, UnreadableFileError
 from retinaray.inference.predictor import Predictor
 
 # Batches that are fetched and decoded while the network works on one.
 _BATCHES_AHEAD = 3
 
+IMAGE_FAULTS = (ImageError, UnreadableFileError)
+"""What becomes the error of one image. A store that fails altogether is no fault of the image: it
+ends the part, to be tried again."""
+
+Scalar = str | int | float | bool | None
+"""What a pass-through column may hold: whatever JSON writes without brackets."""
+
+
+@dataclass(frozen=True)
+class TarMember:
+    """Where an image lies inside a tar.
+
+    Attributes:
+        shard: URI of the tar.
+        name: The member's name, as it stands there; only a name, never a path.
+        offset: Position of its first byte in the tar.
+        num_bytes: Its length.
+    """
+
+    shard: str
+    name: str
+    offset: int
+    num_bytes: int
+
 
 @dataclass(frozen=True)
 class ImageSource:
-    """One image to process: its id in the results, and where its bytes are."""
+    """One image to process: its id in the results, and where its bytes are.
+
+    Attributes:
+        image_id: Of any size, or text.
+        uri: Its file; of an image in a tar the tar's URI, a slash and the member's name.
+        member: Where it lies in its tar; none for a file of its own.
+        columns: What a manifest says of it and the results repeat; none without a manifest.
+    """
 
     image_id: int | str
     uri: str
+    member: TarMember | None = None
+    columns: Mapping[str, Scalar] | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +145,9 @@ def detect_images(
         batch: Images per network call.
         settings: Reading.
 
+    Raises:
+        StorageError: If the store fails for other reasons than one file.
+
     Yields:
         One result per source, in their order. Images that cannot be read or decoded have an error,
         and do not change which other images share a batch.
@@ -154,8 +190,7 @@ def detect_placed(
         read or decoded.
     """
     remaining = iter(sources)
-    # Small batches must not leave threads without work.
-    window = max(batch * _BATCHES_AHEAD, settings.threads)
+    window = count_ahead(batch, settings.threads)
     waiting: list[tuple[ImageSource, Future[_Loaded]]] = []
     pool = ThreadPoolExecutor(settings.threads, thread_name_prefix="decode")
 
@@ -174,6 +209,12 @@ def detect_placed(
     finally:
         # After an error, or when the caller wants no more, nobody waits for what was queued.
         pool.shutdown(cancel_futures=True)
+
+
+def count_ahead(batch: int, threads: int) -> int:
+    """How many canvases are made ready beyond the batch in the network."""
+    # Small batches must not leave threads without work.
+    return max(batch * _BATCHES_AHEAD, threads)
 
 
 def load_canvas(
@@ -209,18 +250,38 @@ def _settle(
 ) -> ImageResult | tuple[ImageSource, _Loaded]:
     try:
         return source, loading.result()
-    except (ImageError, StorageError) as error:
-        return ImageResult(source=source, error=str(error), exception=type(error).__name__)
+    except IMAGE_FAULTS as error:
+        return failed_result(source, error)
+
+
+def failed_result(source: ImageSource, error: ImageError | UnreadableFileError) -> ImageResult:
+    """The result of an image that cannot be read or decoded."""
+    return ImageResult(source=source, error=str(error), exception=type(error).__name__)
+
+
+def predict_canvases(
+    predictor: Predictor, canvases: Sequence[UInt8[np.ndarray, "H W 3"]]
+) -> list[Detections]:
+    """Run one batch.
+
+    Args:
+        predictor: The model.
+        canvases: Of the predictor's size; at most its batch, may be empty.
+
+    Returns:
+        The detections of each canvas in network pixels, on the CPU.
+    """
+    if not canvases:
+        return []
+    stacked = torch.from_numpy(np.stack(canvases))
+    return predictor.predict(stacked.permute(0, 3, 1, 2))
 
 
 def _predict_batch(
     predictor: Predictor, items: Sequence[ImageResult | tuple[ImageSource, _Loaded]]
 ) -> Iterator[PlacedDetections | ImageResult]:
-    loaded = [item for item in items if not isinstance(item, ImageResult)]
-    found: Iterator[Detections] = iter(())
-    if loaded:
-        stacked = torch.from_numpy(np.stack([pixels for _, (pixels, _) in loaded]))
-        found = iter(predictor.predict(stacked.permute(0, 3, 1, 2)))
+    canvases = [item[1][0] for item in items if not isinstance(item, ImageResult)]
+    found = iter(predict_canvases(predictor, canvases))
     for item in items:
         if isinstance(item, ImageResult):
             yield item

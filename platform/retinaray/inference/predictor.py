@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
@@ -15,6 +16,8 @@ from retinaray.detector.postprocess import Detections, NmsKind, suppress_overlap
 from retinaray.errors import InferenceError
 
 Backend = Literal["openvino", "onnxruntime", "torch", "tensorrt"]
+ComputeType = Literal["fp32", "bf16"]
+"""What convolutions are computed in where the file leaves that open."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class PredictorSettings:
         nms_iou: Overlap of suppression; none = the card's.
         max_detections: Detections per image at most; none = the card's.
         nms_kind: Which boxes compete in suppression; none = the card's.
+        precision: What convolutions are computed in: `auto` = bf16 in OpenVINO on processors that
+            have it, float32 elsewhere. ONNX Runtime and TensorRT compute in the types of the file.
     """
 
     batch: int = 8
@@ -40,6 +45,7 @@ class PredictorSettings:
     nms_iou: float | None = None
     max_detections: int | None = None
     nms_kind: NmsKind | None = None
+    precision: Literal["auto"] | ComputeType = "auto"
 
 
 class Predictor(Protocol):
@@ -95,7 +101,7 @@ def choose_backend(kind: str, requested: str, *, has_gpu: bool) -> tuple[Backend
     """Which runtime runs a file.
 
     Args:
-        kind: `weights` or `onnx`; see `artifact.model_kind`.
+        kind: `weights`, `onnx` or `plan`; see `artifact.model_kind`.
         requested: A backend, or `auto`.
         has_gpu: Whether CUDA is available here.
 
@@ -109,19 +115,20 @@ def choose_backend(kind: str, requested: str, *, has_gpu: bool) -> tuple[Backend
     possible: dict[str, tuple[Backend, ...]] = {
         "weights": ("torch",),
         "onnx": ("openvino", "onnxruntime", "tensorrt"),
+        "plan": ("tensorrt",),
     }
     options = possible[kind]
     if requested != "auto" and requested not in options:
-        hint = (
-            "export it first with `retinaray export model.pth model.onnx`"
-            if kind == "weights"
-            else f"give --backend {options[0]}"
-        )
+        hints = {
+            "weights": "export it first with `retinaray export model.pth model.onnx`",
+            "onnx": f"give --backend {options[0]}",
+            "plan": "give the .onnx file instead",
+        }
         raise InferenceError(
             f"backend {requested!r} cannot run {kind} files (possible: {', '.join(options)}): "
-            f"{hint}"
+            f"{hints[kind]}"
         )
-    if requested == "tensorrt" and not has_gpu:
+    if "tensorrt" in (requested, *options[:1]) and not has_gpu:
         raise InferenceError(
             "backend 'tensorrt' needs an NVIDIA GPU with CUDA, and none is available here: "
             "run an .onnx file with --backend openvino instead"
@@ -133,12 +140,18 @@ def choose_backend(kind: str, requested: str, *, has_gpu: bool) -> tuple[Backend
     reasons = {
         "weights": "a .pth file is run by torch",
         "onnx": "no NVIDIA GPU here, so OpenVINO on the CPU",
+        "plan": "a TensorRT engine is run by TensorRT",
     }
     return options[0], reasons[kind]
 
 
 def load_predictor(
-    content: bytes, *, uri: str, backend: str, settings: PredictorSettings
+    content: bytes,
+    *,
+    uri: str,
+    backend: str,
+    settings: PredictorSettings,
+    sidecar: bytes | None = None,
 ) -> tuple[Predictor, str]:
     """Load a model file into a runtime.
 
@@ -147,17 +160,64 @@ def load_predictor(
         uri: Its name: the ending tells its kind.
         backend: A backend, or `auto`.
         settings: How to run it.
+        sidecar: The description beside a TensorRT engine; of no use to other files.
 
     Returns:
-        The predictor, and why this backend was chosen.
+        The predictor, and why this backend was chosen, and what it computes in where that was a
+        choice.
 
     Raises:
         CheckpointError: If the file is damaged, foreign or lacks its metadata.
-        InferenceError: If the backend cannot run here, or the settings do not fit the file.
+        InferenceError: If the backend cannot run here, is not installed, or the settings do not fit
+            the file.
     """
     kind = model_kind(uri)
     chosen, reason = choose_backend(kind, backend, has_gpu=torch.cuda.is_available())
-    return _LOADERS[chosen](content, uri, settings), reason
+    if kind == "plan":
+        return _load_plan(content, sidecar, uri, settings), reason
+    predictor, note = _LOADERS[chosen](content, uri, settings)
+    return predictor, f"{reason}; {note}" if note else reason
+
+
+def refuse_bf16(settings: PredictorSettings, backend: Backend) -> None:
+    """Refuse bf16 for a runtime that computes in the types of the file.
+
+    Raises:
+        InferenceError: If it is asked for.
+    """
+    if settings.precision == "bf16":
+        raise InferenceError(
+            f"backend {backend!r} computes in the types of the file, not in bf16: leave "
+            "--precision out, or give --backend openvino"
+        )
+
+
+def describe_missing(backend: Backend, package: str, error: ImportError) -> InferenceError:
+    """The error of a runtime that is not installed, or does not load."""
+    return InferenceError(
+        f"backend {backend!r} needs the package {package}, which is not installed or does not load "
+        f"here ({error}): pip install {package}, or give another --backend"
+    )
+
+
+def pad_batches(
+    images: UInt8[Tensor, "N 3 H W"], batch: int, input_type: str
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Cut images into arrays of exactly one batch; the last one is filled up with black.
+
+    Args:
+        images: Any number of canvases, on the CPU.
+        batch: Images per array.
+        input_type: numpy type of the arrays, `uint8` or `float32`.
+
+    Yields:
+        Arrays [batch, 3, H, W], and how many of their images are real.
+    """
+    for start in range(0, len(images), batch):
+        part = images[start : start + batch]
+        array = np.zeros((batch, *images.shape[1:]), dtype=input_type)
+        array[: len(part)] = part.numpy()
+        yield array, len(part)
 
 
 def check_canvas(asked: tuple[int, int] | None, actual: tuple[int, int], uri: str) -> None:
@@ -174,31 +234,45 @@ def check_canvas(asked: tuple[int, int] | None, actual: tuple[int, int], uri: st
         )
 
 
-def _load_torch(content: bytes, uri: str, settings: PredictorSettings) -> Predictor:
+def _load_torch(content: bytes, uri: str, settings: PredictorSettings) -> tuple[Predictor, str]:
     from retinaray.inference.torch_backend import load_torch_predictor
 
-    return load_torch_predictor(content, uri=uri, settings=settings)
+    note = "convolutions in bf16, asked for" if settings.precision == "bf16" else ""
+    return load_torch_predictor(content, uri=uri, settings=settings), note
 
 
-def _load_openvino(content: bytes, uri: str, settings: PredictorSettings) -> Predictor:
+def _load_openvino(content: bytes, uri: str, settings: PredictorSettings) -> tuple[Predictor, str]:
     from retinaray.inference.openvino_backend import OpenVinoPredictor
 
-    return OpenVinoPredictor(content, uri=uri, settings=settings)
+    predictor = OpenVinoPredictor(content, uri=uri, settings=settings)
+    return predictor, predictor.precision_reason
 
 
-def _load_onnxruntime(content: bytes, uri: str, settings: PredictorSettings) -> Predictor:
+def _load_onnxruntime(
+    content: bytes, uri: str, settings: PredictorSettings
+) -> tuple[Predictor, str]:
     from retinaray.inference.onnxruntime_backend import OnnxRuntimePredictor
 
-    return OnnxRuntimePredictor(content, uri=uri, settings=settings)
+    return OnnxRuntimePredictor(content, uri=uri, settings=settings), ""
 
 
-def _load_tensorrt(content: bytes, uri: str, settings: PredictorSettings) -> Predictor:
+def _load_tensorrt(content: bytes, uri: str, settings: PredictorSettings) -> tuple[Predictor, str]:
     from retinaray.inference.tensorrt_backend import load_tensorrt_predictor
 
-    return load_tensorrt_predictor(content, uri=uri, settings=settings)
+    refuse_bf16(settings, "tensorrt")
+    return load_tensorrt_predictor(content, uri=uri, settings=settings), ""
 
 
-_LOADERS: dict[Backend, Callable[[bytes, str, PredictorSettings], Predictor]] = {
+def _load_plan(
+    content: bytes, sidecar: bytes | None, uri: str, settings: PredictorSettings
+) -> Predictor:
+    from retinaray.inference.tensorrt_backend import load_tensorrt_plan
+
+    refuse_bf16(settings, "tensorrt")
+    return load_tensorrt_plan(content, sidecar, uri=uri, settings=settings)
+
+
+_LOADERS: dict[Backend, Callable[[bytes, str, PredictorSettings], tuple[Predictor, str]]] = {
     "torch": _load_torch,
     "openvino": _load_openvino,
     "onnxruntime": _load_onnxruntime,

@@ -9,15 +9,39 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any, BinaryIO
 
 from retinaray.errors import MissingFileError, StorageError
+from retinaray.inference.output_formats import (
+    OutputSettings,
+    Rows,
+    write_coco_dataset,
+    write_coco_results,
+    write_json_lines,
+    write_odtk,
+)
+from retinaray.inference.part_codec import (
+    SUFFIXES,
+    Row,
+    decode_rows,
+    encode_rows,
+    open_compressed,
+)
 from retinaray.inference.pipeline import ImageResult
+from retinaray.inference.read_ahead import chain_ahead
 from retinaray.storage import Storage, join_uri
 
-_PART_NAME = re.compile(r"/part-(\d{9})\.jsonl$")
+_PART_NAME = re.compile(r"/part-(\d{9})\.(jsonl|jsonl\.gz|jsonl\.zst|parquet)$")
+_FOLDERS = ("manifest", "attempts", "parts", "errors", "overlays", "crops")
+_MERGED_NAMES = ("detections.json", "detections.jsonl", "images.json")
+# The part whose rows are read, and the one after it on its way.
+_PARTS_AHEAD = 2
+# Footers of Parquet parts that are read at once.
+_FOOTER_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -47,10 +71,12 @@ class RunFiles:
     Attributes:
         root: Folder or S3 prefix of the run.
         storage: Where it is.
+        output: Format and compression.
     """
 
     root: str
     storage: Storage
+    output: OutputSettings = field(default_factory=OutputSettings)
 
     @property
     def manifest(self) -> str:
@@ -64,22 +90,48 @@ class RunFiles:
 
     @property
     def detections(self) -> str:
-        """detections.json."""
-        return join_uri(self.root, "detections.json")
+        """The merged result: detections.json or .jsonl; of Parquet the list of its files."""
+        if self.output.format == "parquet":
+            return join_uri(self.root, "parts", "_files.jsonl")
+        lines = "l" if self.output.format == "jsonl" else ""
+        return join_uri(self.root, f"detections.json{lines}{self._merged_suffix}")
 
     @property
     def images(self) -> str:
-        """images.json."""
-        return join_uri(self.root, "images.json")
+        """images.json, beside COCO results; other formats tell of images themselves."""
+        return join_uri(self.root, f"images.json{self._merged_suffix}")
 
     @property
     def success(self) -> str:
         """_SUCCESS, written last."""
         return join_uri(self.root, "_SUCCESS")
 
+    @property
+    def overlays(self) -> str:
+        """Folder of pictures with their detections."""
+        return join_uri(self.root, "overlays")
+
+    @property
+    def crops(self) -> str:
+        """Folder of cut-out detections."""
+        return join_uri(self.root, "crops")
+
+    @property
+    def _merged_suffix(self) -> str:
+        return SUFFIXES[self.output.merged_compression]
+
     def part(self, number: int) -> str:
         """File of a part's images."""
-        return join_uri(self.root, "parts", f"part-{number:09}.jsonl")
+        return self._part_names(number)[0]
+
+    def _part_names(self, number: int) -> list[str]:
+        """Where a part may be: under the name of our compression, or of an earlier attempt's."""
+        if self.output.format == "parquet":
+            suffixes = [".parquet"]
+        else:
+            own = SUFFIXES[self.output.compression]
+            suffixes = [f".jsonl{suffix}" for suffix in sorted(SUFFIXES.values(), key=own.__ne__)]
+        return [join_uri(self.root, "parts", f"part-{number:09}{suffix}") for suffix in suffixes]
 
     def errors(self, number: int) -> str:
         """File of a part's errors; absent when there are none."""
@@ -87,52 +139,70 @@ class RunFiles:
 
     def commit(self, number: int, results: Iterable[ImageResult]) -> PartReceipt:
         """Write a part: its errors first, then the file that makes it count."""
-        images: list[str] = []
-        errors: list[str] = []
+        images: list[Row] = []
+        errors: list[Row] = []
         num_detections = 0
         for result in results:
-            source = {"image_id": result.source.image_id, "uri": result.source.uri}
             if result.error:
                 failure = {"reason": result.error, "exception": result.exception}
-                errors.append(json.dumps(source | failure))
+                errors.append(_describe_source(result) | failure)
                 continue
             num_detections += len(result.detections)
             size = {"height": result.height, "width": result.width}
-            images.append(json.dumps(source | size | {"detections": result.detections}))
+            found = {"detections": result.detections}
+            images.append(_describe_source(result) | size | found)
         if errors:
-            self.storage.write_bytes(self.errors(number), _join_lines(errors))
+            self.storage.write_bytes(self.errors(number), encode_rows(errors))
         else:
             # An attempt that died before its commit may have left errors which this one did not
             # meet.
             self.storage.delete(self.errors(number))
-        self.storage.write_bytes(self.part(number), _join_lines(images))
+        self.storage.write_bytes(self.part(number), self._encode(images))
         return PartReceipt(number, len(images), len(errors), num_detections)
 
+    def _encode(self, rows: list[Row]) -> bytes:
+        if self.output.format != "parquet":
+            return encode_rows(rows, self.output.compression)
+        from retinaray.inference.parquet_parts import encode_parquet, make_schema
+
+        schema = make_schema(
+            has_integer_ids=self.output.has_integer_ids, categories=self.output.categories
+        )
+        return encode_parquet(rows, schema, self.output.compression)
+
     def list_committed(self) -> set[int]:
-        """Numbers of the parts that are complete."""
+        """Numbers of the parts that are complete, however they are compressed."""
         numbers = set()
+        is_parquet = self.output.format == "parquet"
         for uri in self.storage.list_files(join_uri(self.root, "parts")):
             matched = _PART_NAME.search(uri)
-            if matched:
+            if matched and (matched.group(2) == "parquet") == is_parquet:
                 numbers.add(int(matched.group(1)))
         return numbers
 
     def has_results(self) -> bool:
         """Whether there are files here that a run would replace."""
-        named = (self.detections, self.images)
-        return any(map(self.storage.exists, named)) or bool(self.list_committed())
+        parts = self.storage.list_files(join_uri(self.root, "parts"))
+        return any(map(self.storage.exists, self._merged_files())) or any(
+            map(_PART_NAME.search, parts)
+        )
+
+    def _merged_files(self) -> Iterator[str]:
+        """What any format and compression may have left."""
+        for name, suffix in product(_MERGED_NAMES, SUFFIXES.values()):
+            yield join_uri(self.root, name + suffix)
 
     def remove_all(self) -> None:
         """Delete every file of the run, the record first: half a run is not to be taken for one."""
         self.storage.delete(self.record)
-        for folder in ("manifest", "attempts", "parts", "errors"):
+        for folder in _FOLDERS:
             for uri in list(self.storage.list_files(join_uri(self.root, folder))):
                 self.storage.delete(uri)
-        for uri in (self.detections, self.images, self.success):
+        for uri in (*self._merged_files(), self.success):
             self.storage.delete(uri)
 
     def merge(self, num_parts: int) -> RunTotals:
-        """Write detections.json and images.json from all parts.
+        """Write the merged result from all parts; see `output_formats`.
 
         Args:
             num_parts: Parts of the run; all must be committed.
@@ -140,38 +210,102 @@ class RunFiles:
         Raises:
             StorageError: If a part is missing or cannot be read.
         """
-        num_images = num_errors = num_detections = 0
-        with (
-            self.storage.open_writer(self.detections) as detections,
-            self.storage.open_writer(self.images) as images,
-        ):
-            detections.write(b"[")
-            images.write(b"[")
-            for number in range(num_parts):
-                for row in _read_lines(self.storage.read_bytes(self.part(number))):
-                    found = row.pop("detections")
-                    images.write((",\n" if num_images else "\n").encode())
-                    images.write(json.dumps(row).encode())
-                    num_images += 1
-                    for detection in found:
-                        line = json.dumps({"image_id": row["image_id"], **detection})
-                        detections.write((",\n" if num_detections else "\n").encode())
-                        detections.write(line.encode())
-                        num_detections += 1
-            detections.write(b"\n]\n")
-            images.write(b"\n]\n")
-        for uri in self.storage.list_files(join_uri(self.root, "errors")):
-            num_errors += sum(1 for _ in _read_lines(self.storage.read_bytes(uri)))
+        if self.output.format == "parquet":
+            num_images, num_detections = self._list_parquet(num_parts)
+        else:
+            num_images, num_detections = self._write_merged(num_parts)
+        num_errors = sum(1 for _ in self._read_errors())
         return RunTotals(num_parts, num_images, num_errors, num_detections)
+
+    def _write_merged(self, num_parts: int) -> tuple[int, int]:
+        tally = _Tally()
+
+        def read() -> Iterator[Row]:
+            return tally.count(self.read_rows(num_parts))
+
+        with ExitStack() as stack:
+            out = self._open_merged(self.detections, stack)
+            if self.output.format == "coco-results":
+                write_coco_results(out, self._open_merged(self.images, stack), read)
+            else:
+                self._write_one(out, read)
+        return tally.num_images, tally.num_detections
+
+    def _open_merged(self, uri: str, stack: ExitStack) -> BinaryIO:
+        out = stack.enter_context(self.storage.open_writer(uri))
+        return stack.enter_context(open_compressed(out, self.output.merged_compression))
+
+    def _write_one(self, out: BinaryIO, rows: Rows) -> None:
+        if self.output.format == "jsonl":
+            write_json_lines(out, rows)
+            return
+        write = write_odtk if self.output.format == "odtk" else write_coco_dataset
+        write(out, rows, categories=self.output.categories, images_root=self.output.images_root)
+
+    def _list_parquet(self, num_parts: int) -> tuple[int, int]:
+        """Write the list of the parts, which are the result themselves."""
+        from retinaray.inference.parquet_parts import read_counts
+
+        def read(number: int) -> Generator[tuple[str, int, int], None, None]:
+            uri = self.part(number)
+            with self.storage.open_reader(uri) as reader:
+                yield (uri, *read_counts(reader, uri))
+
+        num_images = num_detections = 0
+        with self.storage.open_writer(self.detections) as out:
+            for uri, images, found in chain_ahead(range(num_parts), read, threads=_FOOTER_THREADS):
+                row = {"file": uri.rpartition("/")[2], "num_images": images}
+                out.write(encode_rows([row | {"num_detections": found}]))
+                num_images, num_detections = num_images + images, num_detections + found
+        return num_images, num_detections
+
+    def read_rows(self, num_parts: int) -> Iterator[Row]:
+        """What the parts hold, image by image in the order of the run; two parts are in memory.
+
+        Raises:
+            StorageError: If a part is missing or cannot be read.
+        """
+        for content, uri in chain_ahead(range(num_parts), self._read_part, threads=_PARTS_AHEAD):
+            if self.output.format == "parquet":
+                from retinaray.inference.parquet_parts import decode_parquet
+
+                yield from decode_parquet(content, uri)
+            else:
+                yield from decode_rows(content, uri)
+
+    def _read_part(self, number: int) -> Generator[tuple[bytes, str], None, None]:
+        """The one file of a part."""
+        first, *others = self._part_names(number)
+        try:
+            content, uri = self.storage.read_bytes(first), first
+        except MissingFileError:
+            found = next(filter(self.storage.exists, others), None)
+            if found is None:
+                raise
+            content, uri = self.storage.read_bytes(found), found
+        yield content, uri
+
+    def read_results(self, num_parts: int) -> Iterator[dict[str, Any]]:
+        """All detections as COCO results, whatever the format of the run.
+
+        Raises:
+            StorageError: If a part is missing or cannot be read.
+        """
+        for row in self.read_rows(num_parts):
+            for found in row["detections"]:
+                yield {"image_id": row["image_id"], **found}
 
     def read_errors(self, limit: int) -> list[dict[str, Any]]:
         """The first errors of the run, in the order of its images."""
         found: list[dict[str, Any]] = []
+        errors = self._read_errors()
+        while len(found) < limit and (error := next(errors, None)) is not None:
+            found.append(error)
+        return found
+
+    def _read_errors(self) -> Iterator[Row]:
         for uri in self.storage.list_files(join_uri(self.root, "errors")):
-            found.extend(_read_lines(self.storage.read_bytes(uri)))
-            if len(found) >= limit:
-                break
-        return found[:limit]
+            yield from decode_rows(self.storage.read_bytes(uri), uri)
 
     def read_record(self) -> dict[str, Any] | None:
         """The run's record, or none when there is no run here.
@@ -197,9 +331,27 @@ class RunFiles:
         self.storage.write_bytes(self.record, json.dumps(record, indent=1).encode())
 
 
-def _join_lines(lines: Iterable[str]) -> bytes:
-    return "".join(line + "\n" for line in lines).encode()
+class _Tally:
+    """Counts what passes, the first time."""
+
+    def __init__(self) -> None:
+        self.num_images = self.num_detections = 0
+        self._is_counted = False
+
+    def count(self, rows: Iterable[Row]) -> Iterator[Row]:
+        is_first, self._is_counted = not self._is_counted, True
+        for row in rows:
+            if is_first:
+                self.num_images += 1
+                self.num_detections += len(row["detections"])
+            yield row
 
 
-def _read_lines(content: bytes) -> Iterator[dict[str, Any]]:
-    return (json.loads(line) for line in content.splitlines())
+def _describe_source(result: ImageResult) -> Row:
+    source = result.source
+    row: Row = {"image_id": source.image_id, "uri": source.uri}
+    if source.member is not None:
+        row["member"] = source.member.name
+    if source.columns is not None:
+        row["columns"] = dict(source.columns)
+    return row

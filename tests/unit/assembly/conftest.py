@@ -7,8 +7,12 @@ from typing import Any
 
 import pytest
 
+from retinaray.artifact import ModelCard
+from retinaray.assembly import portable_file
 from retinaray.config.loading import load_from_dict
 from retinaray.config.schema import TrainJob
+from retinaray.detector.retinanet import RetinaNet
+from retinaray.export.onnx_graph import ExportSettings, export_onnx
 
 
 @pytest.fixture
@@ -29,6 +33,26 @@ def make_train_job(image_set: Any) -> Callable[..., TrainJob]:
         return load_from_dict(TrainJob, tree, changes or {})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def exported() -> dict[ExportSettings, bytes]:
+    """Files of the tiny model that were exported already; an export costs seconds."""
+    return {}
+
+
+@pytest.fixture
+def remembered_export(
+    exported: dict[ExportSettings, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exporter, asked once in the session for each settings of the tiny model."""
+
+    def export_once(model: RetinaNet, card: ModelCard, settings: ExportSettings) -> bytes:
+        if settings not in exported:
+            exported[settings] = export_onnx(model, card, settings)
+        return exported[settings]
+
+    monkeypatch.setattr(portable_file, "export_onnx", export_once)
 
 
 @pytest.fixture

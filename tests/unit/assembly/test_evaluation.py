@@ -94,6 +94,47 @@ def test_run_evaluation_gives_one_line_and_a_table(
     assert text.endswith("absent from the ground truth")
 
 
+def write_dump(folder: Path, truth: dict[str, Any]) -> None:
+    """The ground truth as a device would dump it, frame by frame in the order of file names."""
+    folder.mkdir()
+    names = {entry["id"]: entry["name"] for entry in truth["categories"]}
+    images = sorted(truth["images"], key=lambda image: image["file_name"])
+    for number, image in enumerate(images):
+        lines = []
+        for entry in truth["annotations"]:
+            if entry["image_id"] == image["id"]:
+                left, top, width, height = entry["bbox"]
+                label = names[entry["category_id"]]
+                sides = f"{left} {top} {left + width} {top + height}"
+                lines.append(f"{label} 0.0 0 0.0 {sides} 0 0 0 0 0 0 0 0.9")
+        (folder / f"00_000_{number:06}.txt").write_text("\n".join(lines), encoding="utf-8")
+
+
+def test_run_evaluation_scores_the_dump_of_a_device(
+    make_job: Callable[..., EvaluateJob], truth: dict[str, Any], tmp_path: Path
+) -> None:
+    write_dump(tmp_path / "dump", truth)
+    output = tmp_path / "found.json"
+    changes = {"model": None, "kitti.dump": str(tmp_path / "dump"), "output": str(output)}
+    outcome = run_evaluation(make_job(changes))
+    assert outcome.scores.to_dict()["AP"] == pytest.approx(1.0)
+    assert len(json.loads(output.read_text())) == len(truth["annotations"])
+    # The device saw them the other way round: nothing fits any more, until it is said.
+    order = [image["file_name"] for image in truth["images"]]
+    names = sorted(order)[::-1]
+    (tmp_path / "order.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    turned = run_evaluation(make_job({**changes, "kitti.order": str(tmp_path / "order.txt")}))
+    assert turned.scores.to_dict()["AP"] < 0.9
+
+
+def test_run_evaluation_says_so_when_there_is_no_dump(
+    make_job: Callable[..., EvaluateJob], tmp_path: Path
+) -> None:
+    (tmp_path / "dump").mkdir()
+    with pytest.raises(DatasetError, match=r"expected the \.txt files of a KITTI dump"):
+        run_evaluation(make_job({"model": None, "kitti.dump": str(tmp_path / "dump")}))
+
+
 def test_run_evaluation_counts_unreadable_images_as_images_without_detections(
     make_job: Callable[..., EvaluateJob], tmp_path: Path
 ) -> None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +12,20 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from retinaray.artifact import ModelCard, dump_weights, hash_content
-from retinaray.assembly import export as export_module
+from retinaray.artifact import hash_content
+from retinaray.assembly import file_gate, portable_file
 from retinaray.assembly.export import run_export
 from retinaray.config.loading import load_from_dict
 from retinaray.config.schema import ExportJob
-from retinaray.detector.retinanet import RetinaNet
-from retinaray.errors import CheckpointError, DatasetError, ExportError, StorageError
-from retinaray.export.parity import ParityReport
+from retinaray.errors import (
+    CheckpointError,
+    DatasetError,
+    ExportError,
+    InferenceError,
+    StorageError,
+)
+from retinaray.export.nvidia_parser import is_nvidia_parser_available
+from retinaray.export.targets import read_file_kind
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,9 +33,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def job(tmp_path: Path, tiny_weights: bytes, monkeypatch: pytest.MonkeyPatch) -> ExportJob:
     """Export of the tiny model; the counted cores are one."""
-    monkeypatch.setattr(export_module, "count_cores", lambda: 1)
+    monkeypatch.setattr(file_gate, "count_cores", lambda: 1)
+    monkeypatch.setattr(portable_file, "count_cores", lambda: 1)
     (tmp_path / "model.pth").write_bytes(tiny_weights)
-    tree = {"model": str(tmp_path / "model.pth"), "output": str(tmp_path / "out" / "model.onnx")}
+    tree = {
+        "model": str(tmp_path / "model.pth"),
+        "output": str(tmp_path / "out" / "model.onnx"),
+        # One test asks it; each build costs seconds.
+        "gate": {"nvidia": "skip"},
+    }
     return load_from_dict(ExportJob, tree)
 
 
@@ -41,7 +50,7 @@ def fake_export(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
     """Replaces the exporter by one that gives this file."""
 
     def replace_by(content: bytes) -> None:
-        monkeypatch.setattr(export_module, "export_onnx", lambda *_: content)
+        monkeypatch.setattr(portable_file, "export_onnx", lambda *_: content)
 
     return replace_by
 
@@ -63,13 +72,14 @@ def test_run_export_writes_the_same_bytes_each_time_and_reports_parity(
     assert content == tiny_onnx  # exported earlier, from the same weights
     assert outcome.sha256 == hash_content(content)
     assert outcome.num_bytes == len(content)
-    assert outcome.parity.num_boxes > 50
-    assert (outcome.parity.num_missing, outcome.parity.num_extra) == (0, 0)
-    assert outcome.parity.max_box_px < 0.01
+    found = outcome.parity.candidates
+    assert found.num_reference > 50
+    assert found.num_changed == 0
+    assert found.box_px.max < 0.01
     values = json.loads(outcome.to_json())
-    assert values["parity"]["num_missing"] == 0
-    assert values["canvas"] == [64, 96]
-    assert "64x96 (height x width), uint8 input" in outcome.to_text()
+    assert values["parity"]["candidates"]["num_missing"] == 0
+    assert (values["canvas"], values["kind"], values["nvidia"]) == ([64, 96], "fp32", None)
+    assert "64x96 (height x width), fp32, uint8 input" in outcome.to_text()
 
 
 @pytest.mark.parametrize(
@@ -94,46 +104,9 @@ def test_run_export_writes_nothing_when_the_boxes_differ(
     change: Callable[[np.ndarray], np.ndarray],
 ) -> None:
     fake_export(change_bias(tiny_onnx, tensor, change))
-    with pytest.raises(ExportError, match=r"model.onnx was not written: of \d+ boxes"):
+    with pytest.raises(ExportError, match=r"model\.onnx was not written: "):
         run_export(job)
     assert not Path(job.output).parent.exists()
-
-
-@pytest.mark.parametrize(
-    ("change", "is_refused"),
-    [
-        ({}, False),
-        ({"max_box_px": 0.5, "max_score": 0.02}, False),  # the tolerances themselves
-        ({"max_box_px": 0.51}, True),
-        ({"max_score": 0.021}, True),
-        ({"num_missing": 1}, True),
-        ({"num_extra": 1}, True),
-    ],
-)
-def test_run_export_holds_each_number_of_the_comparison_to_its_limit(
-    job: ExportJob,
-    tiny_onnx: bytes,
-    fake_export: Callable[[bytes], None],
-    monkeypatch: pytest.MonkeyPatch,
-    change: dict[str, float],
-    is_refused: bool,
-) -> None:
-    clean = ParityReport(
-        num_images=4,
-        num_boxes=9,
-        num_missing=0,
-        num_extra=0,
-        max_box_px=0.1,
-        mean_box_px=0.01,
-        max_score=1e-6,
-    )
-    report = replace(clean, **change)
-    fake_export(tiny_onnx)
-    monkeypatch.setattr(export_module, "compare_predictors", lambda *_: report)
-    refusal = pytest.raises(ExportError, match=r"model\.onnx was not written: of 9 boxes")
-    with refusal if is_refused else nullcontext():
-        run_export(job)
-    assert Path(job.output).exists() == (not is_refused)
 
 
 def test_run_export_keeps_an_older_file_when_the_boxes_differ(
@@ -152,31 +125,87 @@ def test_run_export_compares_on_the_given_images(
 ) -> None:
     fake_export(tiny_onnx)
     with_images = load_from_dict(
-        ExportJob, job.model_dump(), {"images": str(image_set.folder), "input": "uint8"}
+        ExportJob, job.model_dump(), {"gate.images": str(image_set.folder), "input": "uint8"}
     )
     outcome = run_export(with_images)
     assert outcome.parity.num_images == 6
-    assert outcome.parity.num_boxes > 0
+    assert outcome.parity.candidates.num_reference > 0
 
 
-def test_run_export_says_so_when_nothing_was_compared(
-    job: ExportJob,
-    tiny_card: ModelCard,
-    tiny_model: RetinaNet,
-    tiny_onnx: bytes,
-    fake_export: Callable[[bytes], None],
-    caplog: pytest.LogCaptureFixture,
+@pytest.mark.usefixtures("remembered_export")
+@pytest.mark.skipif(
+    not is_nvidia_parser_available(), reason="needs the packages of the extra [rtx]"
+)
+def test_run_export_writes_what_nvidia_builds_for_each_precision(
+    job: ExportJob, image_set: Any
 ) -> None:
-    card = replace(tiny_card, score_thresholds=(0.9999,) * 3)
-    Path(job.model).write_bytes(dump_weights(card, tiny_model.state_dict()))
-    model = onnx.load_model_from_string(tiny_onnx)
-    onnx.helper.set_model_props(model, card.to_metadata())
-    fake_export(model.SerializeToString())
-    with caplog.at_level(logging.WARNING):
-        outcome = run_export(job)
-    assert outcome.parity.num_boxes == 0
-    assert "found nothing in 4 images, so nothing was compared" in caplog.text
-    assert Path(job.output).exists()
+    changes = {
+        "gate.nvidia": "require",
+        "precision": "int8",
+        "target": "jetpack6",
+        "calibration.images": str(image_set.folder),
+        "batch": 2,
+    }
+    outcome = run_export(load_from_dict(ExportJob, job.model_dump(), changes))
+    assert (outcome.kind, outcome.input_type) == ("int8-fp16", "uint8")
+    assert outcome.nvidia is not None
+    assert outcome.nvidia.convolutions["Int8"] > 10
+    assert outcome.parity.case.precision == "int8"
+    assert outcome.parity.num_images == 6
+    proto = onnx.load(job.output)
+    assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 2
+    assert "parses and builds it" in outcome.to_text()
+
+
+@pytest.mark.usefixtures("remembered_export")
+@pytest.mark.parametrize(
+    ("precision", "target", "kind", "input_type"),
+    [
+        ("fp16", None, "fp16", "uint8"),
+        ("fp16", "jetpack5", "fp32", "float32"),
+        ("fp16", "tensorrt11", "fp16", "uint8"),
+        ("fp32", "deepstream-dgpu", "fp32", "float32"),
+    ],
+)
+def test_run_export_writes_the_file_that_the_target_takes(
+    job: ExportJob, precision: str, target: str | None, kind: str, input_type: str
+) -> None:
+    outcome = run_export(
+        load_from_dict(ExportJob, job.model_dump(), {"precision": precision, "target": target})
+    )
+    assert (outcome.kind, outcome.input_type) == (kind, input_type)
+    assert read_file_kind(Path(job.output).read_bytes()) == kind
+
+
+def test_run_export_says_what_an_engine_needs_before_it_works(
+    job: ExportJob, fake_export: Callable[[bytes], None], tmp_path: Path
+) -> None:
+    fake_export(b"never reached")
+    engine = load_from_dict(ExportJob, job.model_dump(), {"output": str(tmp_path / "engine.plan")})
+    with pytest.raises(InferenceError, match="GPU"):
+        run_export(engine)
+
+
+@pytest.mark.usefixtures("remembered_export")
+def test_run_export_goes_on_without_calibration_images_that_cannot_be_read(
+    job: ExportJob, image_set: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "calibration"
+    folder.mkdir()
+    first = sorted(image_set.folder.iterdir())[0]
+    (folder / first.name).write_bytes(first.read_bytes())
+    (folder / "broken.jpg").write_bytes(b"no image")
+    changes = {
+        "precision": "int8",
+        "calibration.images": str(folder),
+        "gate.images": str(image_set.folder),
+    }
+    outcome = run_export(load_from_dict(ExportJob, job.model_dump(), changes))
+    assert outcome.kind == "int8"
+    assert "calibration goes on without an image: " in caplog.text
+    (folder / first.name).unlink()
+    with pytest.raises(DatasetError, match="no image could be used for calibration"):
+        run_export(load_from_dict(ExportJob, job.model_dump(), changes))
 
 
 @pytest.mark.parametrize(
@@ -198,7 +227,7 @@ def test_run_export_refuses_a_folder_without_images(
     job: ExportJob, tiny_onnx: bytes, fake_export: Callable[[bytes], None], tmp_path: Path
 ) -> None:
     fake_export(tiny_onnx)
-    empty = load_from_dict(ExportJob, job.model_dump(), {"images": str(tmp_path / "none")})
+    empty = load_from_dict(ExportJob, job.model_dump(), {"gate.images": str(tmp_path / "none")})
     with pytest.raises(DatasetError, match="no images found"):
         run_export(empty)
     assert not Path(job.output).exists()

@@ -16,6 +16,8 @@ MINIMAL = {
     "thresholds": ["model.pth", "--annotations", "val.json"],
     "anchors": ["--annotations", "train.json"],
     "export": ["model.pth", "model.onnx"],
+    "parity": ["model.pth", "model.onnx", "--images", "photos"],
+    "bundle": ["model.pth", "handover", "--target", "jetpack6"],
     "infer": ["model.onnx", "--images", "photos"],
     "doctor": ["--annotations", "train.json"],
     "demo": [],

@@ -28,7 +28,7 @@ def test_format_help_shows_every_field_with_help_and_default(job_class: type[Job
     assert len(options) >= 4
     for option in options:
         name = option.flag.metavar if option.flag and option.is_positional else option.names[0]
-        (line,) = (line for line in lines if re.match(rf"  {re.escape(name)}[ ,]", line))
+        (line,) = (line for line in lines if re.match(rf"  \[?{re.escape(name)}[] ,]", line))
         assert option.help in line
         assert show_default(option) in line
 
@@ -66,9 +66,10 @@ def test_format_help_writes_a_line_as_a_person_reads_it(line: str) -> None:
 def test_format_help_begins_with_usage_purpose_and_examples() -> None:
     lines = _help(ExportJob).splitlines()
     assert (
-        lines[0] == "usage: retinaray export model.pth model.onnx [options] [section.key=value ...]"
+        lines[0] == "usage: retinaray export model.pth model.onnx|engine.plan [options] "
+        "[section.key=value ...]"
     )
-    assert lines[2] == "Write a trained model as one portable ONNX file and check it box by box."
+    assert lines[2] == "Write a trained model as ONNX or a TensorRT engine and check it box by box."
     assert lines[4:6] == ["examples:", "  retinaray export model.pth model.onnx --size 640 960"]
 
 

@@ -227,10 +227,10 @@ def test_load_from_argv_names_all_faults_at_once(
         ),
         (
             ExportJob,
-            ["m.pth", "m.plan", "--top-k", "4000"],
+            ["m.pth", "m.trt", "--top-k", "4000"],
             [
-                "output=m.plan (argument model.onnx): expected a name that ends in .onnx; a "
-                "TensorRT engine is built from that file on the machine that runs it",
+                "output=m.trt (argument model.onnx|engine.plan): expected a name that ends in "
+                ".onnx, or in .plan or .engine for a TensorRT engine of this machine's GPU",
                 "top_k=4000 (--top-k): expected a whole number from 1 to 3839",
             ],
         ),
@@ -249,7 +249,8 @@ def test_load_from_argv_names_all_faults_at_once(
             ["", "--annotations", "a", "--batch", "-1", "--batch-size", "3", "--backend", "trt"],
             [
                 "--batch-size 3: no such option; nearest: --batch (batch)",
-                "model='' (argument MODEL|detections.json): expected a text that is not empty",
+                "model='' (argument MODEL|detections.json): expected a text that is not empty, or "
+                "none",
                 "backend=trt (--backend): expected one of auto, openvino, onnxruntime, torch, "
                 "tensorrt",
                 "batch=-1 (--batch): expected a whole number from 1 to 1024",

@@ -20,7 +20,7 @@ NODES = [
 def test_jobs_lists_every_job_class() -> None:
     written = {cls for cls in NODES if issubclass(cls, schema.Job) and cls is not schema.Job}
     assert set(schema.JOBS) == written
-    assert len(schema.JOBS) == 9
+    assert len(schema.JOBS) == 11
 
 
 @pytest.mark.parametrize("node", NODES, ids=lambda cls: cls.__name__)
@@ -112,11 +112,54 @@ def test_size_is_a_square_when_one_number_comes(given: object, size: tuple[int, 
             {"annotations": "a", "resize": 900, "max_size": 800},
             "max_size=800 is below resize=900",
         ),
+        (schema.EvaluateJob, {"annotations": "a"}, "one of them only"),
+        (
+            schema.EvaluateJob,
+            {"annotations": "a", "model": "m.pth", "kitti": {"dump": "d"}},
+            "one of them only",
+        ),
         (schema.SweepConfig, {"rule": "precision=1.5"}, r"in \(0, 1\]"),
         (schema.ThresholdsJob, {"model": "m", "annotations": "a", "rule": "fppi=0"}, "X > 0"),
         (schema.TrainRunConfig, {"objective": "AP/"}, "a class's AP as in AP/car"),
         (schema.ReadingConfig, {"endpoint_url": "localhost:9000"}, "starts with http://"),
-        (schema.ExportJob, {"model": "m", "output": "m.plan"}, r"ends in \.onnx"),
+        (schema.ExportJob, {"model": "m", "output": "m.trt"}, r"ends in \.onnx"),
+        (
+            schema.ExportJob,
+            {"model": "m", "output": "m.onnx", "precision": "int8"},
+            "calibration.images is missing",
+        ),
+        (
+            schema.ExportJob,
+            {"model": "m", "output": "m.onnx", "calibration": {"images": "d"}},
+            "without effect: precision=fp32",
+        ),
+        (
+            schema.BundleJob,
+            {
+                "model": "m",
+                "output": "d",
+                "target": "jetpack5",
+                "precision": "int8",
+                "calibration": {"images": "d", "quantizer": "modelopt", "modelopt_python": "p"},
+            },
+            "TensorRT 8 of target=jetpack5",
+        ),
+        (
+            schema.BundleJob,
+            {
+                "model": "m",
+                "output": "d",
+                "target": "jetpack6",
+                "precision": "int8",
+                "calibration": {"images": "d", "quantizer": "modelopt"},
+            },
+            "modelopt_python is missing",
+        ),
+        (
+            schema.ExportJob,
+            {"model": "m", "output": "m.onnx", "batch": (4, 2, 8)},
+            "least <= usual <= most",
+        ),
         (schema.TrainDataConfig, {"annotations": ""}, "at least 1 character"),
         (schema.AnchorConfig, {"scales": (4.0, float("nan"))}, "finite"),
     ],

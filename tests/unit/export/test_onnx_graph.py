@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,61 +13,26 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from retinaray.artifact import ModelCard
-from retinaray.detector.anchors import AnchorSpec
 from retinaray.detector.postprocess import select_candidates
 from retinaray.detector.retinanet import RetinaNet
 from retinaray.errors import ExportError
 from retinaray.export.onnx_graph import (
     MAX_TOP_K,
     OPSET,
+    ExportedDetector,
     ExportSettings,
     check_contract,
     export_onnx,
+    set_batch,
 )
 
-TRT_VERSIONS = ("8.5", "8.6", "10.3", "11.x")
-
-
-@dataclass(frozen=True)
-class Export:
-    """A network, how it was exported, and the file."""
-
-    card: ModelCard
-    model: RetinaNet
-    settings: ExportSettings
-    content: bytes
-
-
-@pytest.fixture(scope="module", params=["gn-uint8", "bn-80-odd-float32", "mobilenet-p2-all-pairs"])
-def export(
-    request: pytest.FixtureRequest,
-    make_tiny_card: Callable[..., ModelCard],
-    make_lively_model: Callable[[ModelCard], RetinaNet],
-) -> Export:
-    if request.param == "gn-uint8":
-        return Export(
-            request.getfixturevalue("tiny_card"),
-            request.getfixturevalue("tiny_model"),
-            ExportSettings(canvas=(64, 96)),
-            request.getfixturevalue("tiny_onnx"),
-        )
-    if request.param == "bn-80-odd-float32":
-        card = make_tiny_card(num_classes=80, norm="bn", head_depth=0)
-        settings = ExportSettings(canvas=(100, 132), input_type="float32", top_k=300)
-    else:
-        card = make_tiny_card(
-            num_classes=1,
-            backbone="MobileNetV3LargeFPN",
-            norm="frozen_bn",
-            head_depth=0,
-            anchors=AnchorSpec(ratios=(1.0,), strides=(4, 8, 16, 32, 64, 128)),
-        )
-        settings = ExportSettings(canvas=(64, 64), top_k=MAX_TOP_K)
-    model = make_lively_model(card)
-    return Export(card, model, settings, export_onnx(model, card, settings))
+# The module's exports come from conftest.
+Export = Any
+TRT_VERSIONS = ("8.5", "8.6", "10.3", "10.16", "11.x")
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +72,7 @@ def assert_same_candidates(found: list[np.ndarray], expected: list[np.ndarray]) 
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_export_computes_what_torch_computes(export: Export, batch: int) -> None:
+    batch = export.settings.fixed_batch or batch
     generator = torch.Generator().manual_seed(batch)
     shape = (batch, 3, *export.settings.canvas)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
@@ -138,6 +103,8 @@ def test_export_keeps_all_pairs_when_there_are_fewer_than_top_k(export: Export) 
 
 
 def test_export_has_the_promised_inputs_and_outputs(export: Export, proto: Any) -> None:
+    batch = export.settings.fixed_batch or "N"
+
     def describe(value: Any) -> tuple[Any, ...]:
         tensor = value.type.tensor_type
         return value.name, tensor.elem_type, *[d.dim_param or d.dim_value for d in tensor.shape.dim]
@@ -145,13 +112,13 @@ def test_export_has_the_promised_inputs_and_outputs(export: Export, proto: Any) 
     is_uint8 = export.settings.input_type == "uint8"
     element = TensorProto.UINT8 if is_uint8 else TensorProto.FLOAT
     assert [describe(value) for value in proto.graph.input] == [
-        ("images", element, "N", 3, *export.settings.canvas)
+        ("images", element, batch, 3, *export.settings.canvas)
     ]
     boxes, scores, labels = map(describe, proto.graph.output)
-    assert boxes[:3] == ("boxes", TensorProto.FLOAT, "N")
+    assert boxes[:3] == ("boxes", TensorProto.FLOAT, batch)
     assert boxes[4] == 4
-    assert scores == ("scores", TensorProto.FLOAT, "N", boxes[3])
-    assert labels == ("labels", TensorProto.INT32, "N", boxes[3])
+    assert scores == ("scores", TensorProto.FLOAT, batch, boxes[3])
+    assert labels == ("labels", TensorProto.INT32, batch, boxes[3])
 
 
 def test_export_uses_standard_operators_of_opset_17_only(proto: Any) -> None:
@@ -169,11 +136,10 @@ def test_export_uses_standard_operators_of_opset_17_only(proto: Any) -> None:
 
 
 @pytest.mark.parametrize("version", TRT_VERSIONS)
-def test_tensorrt_knows_every_operator(proto: Any, shared_data: Path, version: str) -> None:
-    path = shared_data.parent / "facts" / "trt_ops.json"
-    if not path.is_file():
-        pytest.skip(f"needs TensorRT's operator lists in {path}, which is absent")
-    known = json.loads(path.read_text())["versions"][version]
+def test_tensorrt_knows_every_operator(
+    proto: Any, trt_operators: dict[str, Any], version: str
+) -> None:
+    known = trt_operators[version]
     assert known["opset_max"] >= OPSET
     operators = {node.op_type for node in proto.graph.node}
     assert {name for name in operators if not known["ops"].get(name, {}).get("supported")} == set()
@@ -224,6 +190,72 @@ def test_export_refuses_a_number_of_candidates_that_tensorrt_cannot_take(
         export_onnx(tiny_model, tiny_card, ExportSettings(canvas=(64, 96), top_k=top_k))
 
 
+@pytest.mark.parametrize("batch", [0, -1])
+def test_export_refuses_a_batch_of_nothing(
+    tiny_card: ModelCard, tiny_model: RetinaNet, batch: int
+) -> None:
+    settings = ExportSettings(canvas=(64, 96), fixed_batch=batch)
+    with pytest.raises(ExportError, match=f"fixed_batch={batch}: expected at least 1"):
+        export_onnx(tiny_model, tiny_card, settings)
+
+
+def test_a_fixed_batch_changes_sizes_only(export: Export) -> None:
+    proto = onnx.load_model_from_string(export.content)
+    set_batch(proto, 4)
+    check_contract(proto)
+    values = [*proto.graph.input, *proto.graph.output]
+    assert [value.type.tensor_type.shape.dim[0].dim_value for value in values] == [4] * 4
+    set_batch(proto, export.settings.fixed_batch)
+    assert proto.SerializeToString() == export.content
+
+
+def test_decoding_divides_indices_as_integers(export: Export, proto: Any) -> None:
+    # In floats a division that is off by its last bit makes a class that does not exist.
+    graph = onnx.shape_inference.infer_shapes(proto).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
+    divisions = [node for node in graph.node if node.op_type == "Div"]
+    # Pixels by their deviation, and pairs by classes; with one class there is nothing to divide.
+    expected = [TensorProto.FLOAT, TensorProto.INT64][: min(2, export.model.num_classes)]
+    assert [types[node.output[0]] for node in divisions] == expected
+    assert not {"Floor", "Abs", "Sign"} & {node.op_type for node in graph.node}
+
+
+def test_every_convolution_has_its_batch_norm_inside(export: Export, proto: Any) -> None:
+    operators = [node.op_type for node in proto.graph.node]
+    assert "BatchNormalization" not in operators
+    constants = {tensor.name: tensor for tensor in proto.graph.initializer}
+    per_channel = [
+        node.name
+        for node in proto.graph.node
+        if node.op_type in ("Mul", "Add")
+        and any(name in constants and len(constants[name].dims) >= 3 for name in node.input)
+    ]
+    # GroupNorm depends on the image, and keeps its own.
+    is_group_norm = export.card.architecture.norm == "gn"
+    assert bool(per_channel) == is_group_norm
+    assert ("InstanceNormalization" in operators) == is_group_norm
+
+
+def test_exported_detector_unfreezes_norms_without_changing_a_value(
+    make_tiny_card: Callable[..., ModelCard],
+) -> None:
+    model = make_tiny_card(norm="frozen_bn", head_depth=0).build_model().eval()
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            for buffer in module.buffers():
+                buffer.uniform_(0.5, 1.5, generator=generator)
+    detector = ExportedDetector(model, ExportSettings(canvas=(64, 96))).eval()
+    norms = [type(module) for module in detector.modules() if hasattr(module, "running_mean")]
+    assert norms == [nn.BatchNorm2d] * len(norms)
+    assert len(norms) == 12
+    images = torch.randint(0, 256, (1, 3, 64, 96), generator=generator).to(torch.uint8)
+    with torch.inference_mode():
+        for found, expected in zip(detector.model(images), model(images), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert any(isinstance(module, FrozenBatchNorm2d) for module in model.modules())
+
+
 @pytest.fixture
 def build_proto() -> Callable[..., Any]:
     """A small file that keeps the contract, with changes."""
@@ -238,13 +270,18 @@ def build_proto() -> Callable[..., Any]:
         operator: str = "Cast",
     ) -> Any:
         shape = ("N", 3, 8, width)
+        attributes = {"to": 1} if operator == "Cast" else {}
+        element = TensorProto.FLOAT if operator == "Floor" else TensorProto.UINT8
         nodes = [
-            helper.make_node(operator, [input_name], [name], to=1, domain=domain) for name in names
+            helper.make_node(
+                operator, [input_name], [name], f"node of {name}", domain=domain, **attributes
+            )
+            for name in names
         ]
         graph = helper.make_graph(
             nodes,
             "g",
-            [helper.make_tensor_value_info(input_name, TensorProto.UINT8, shape)],
+            [helper.make_tensor_value_info(input_name, element, shape)],
             [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in names],
         )
         opsets = [helper.make_opsetid("", opset)]
@@ -268,7 +305,11 @@ def test_check_contract_accepts_what_keeps_it(build_proto: Callable[..., Any]) -
         ({"names": ("scores", "boxes", "labels")}, "outputs .* instead of"),
         ({"input_name": "input"}, r"inputs \('input',\) instead of \('images',\)"),
         ({"width": "W"}, "images has a free axis besides the batch"),
-        ({"domain": "com.nvidia"}, r"operators outside the standard: \['com.nvidia::Cast'\]"),
+        (
+            {"domain": "com.nvidia"},
+            "node 'node of scores' has the operator com.nvidia::Cast, which is none of the",
+        ),
+        ({"operator": "Floor"}, "node 'node of boxes' has the operator Floor, which is none"),
         ({"operator": "NoSuchOperator"}, "the ONNX checker refuses .*NoSuchOperator"),
     ],
 )
@@ -277,6 +318,12 @@ def test_check_contract_refuses_what_does_not(
 ) -> None:
     with pytest.raises(ExportError, match=f"(?s){text}"):
         check_contract(build_proto(**change))
+
+
+def test_check_contract_wants_the_opset_that_it_is_told(build_proto: Callable[..., Any]) -> None:
+    check_contract(build_proto(opset=19), opset=19)
+    with pytest.raises(ExportError, match="opset 17 instead of 19"):
+        check_contract(build_proto(), opset=19)
 
 
 def test_check_contract_names_every_fault(build_proto: Callable[..., Any]) -> None:

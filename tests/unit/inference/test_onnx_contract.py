@@ -10,7 +10,11 @@ from onnx import TensorProto, helper
 
 from retinaray.artifact import ModelCard
 from retinaray.errors import CheckpointError
-from retinaray.inference.onnx_contract import read_onnx_card
+from retinaray.inference.onnx_contract import (
+    read_fixed_batch,
+    read_onnx_card,
+    read_precision,
+)
 
 
 @pytest.fixture
@@ -103,3 +107,51 @@ def test_read_onnx_card_refuses_damaged_metadata(build_onnx: Callable[..., bytes
             entry.value = entry.value[:-2]
     with pytest.raises(CheckpointError, match=r"m\.onnx: its retinaray metadata are damaged"):
         read_onnx_card(model.SerializeToString(), uri="m.onnx")
+
+
+def test_read_onnx_card_accepts_a_fixed_batch(
+    build_onnx: Callable[..., bytes], tiny_card: ModelCard
+) -> None:
+    content = build_onnx(shape=(4, 3, 64, 96))
+    assert read_onnx_card(content, uri="m.onnx") == (tiny_card, "uint8")
+
+
+@pytest.mark.parametrize(("batch", "expected"), [("N", None), (1, 1), (4, 4), (None, None)])
+def test_read_fixed_batch_reads_the_first_axis(
+    build_onnx: Callable[..., bytes], batch: object, expected: int | None
+) -> None:
+    assert read_fixed_batch(build_onnx(shape=(batch, 3, 64, 96))) == expected
+
+
+def test_read_fixed_batch_refuses_an_input_without_axes(
+    build_onnx: Callable[..., bytes],
+) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"^m\.onnx: expected one input 'images' of four axes"
+    ):
+        read_fixed_batch(build_onnx(shape=()), uri="m.onnx")
+
+
+@pytest.mark.parametrize(
+    ("has_nodes", "element", "expected"),
+    [
+        (False, TensorProto.FLOAT, "fp32"),
+        (False, TensorProto.FLOAT16, "fp16"),
+        (True, TensorProto.FLOAT, "int8"),
+        (True, TensorProto.FLOAT16, "int8"),
+    ],
+)
+def test_read_precision_reads_the_graph_and_not_the_name(
+    build_onnx: Callable[..., bytes], has_nodes: bool, element: int, expected: str
+) -> None:
+    model = onnx.load_model_from_string(build_onnx())
+    model.graph.initializer.append(helper.make_tensor("weight", element, [1], [1.0]))
+    if has_nodes:
+        model.graph.node.append(helper.make_node("QuantizeLinear", ["images", "weight"], ["q"]))
+    assert read_precision(model.SerializeToString()) == expected
+
+
+@pytest.mark.parametrize("read", [read_precision, read_fixed_batch])
+def test_reading_what_is_no_onnx_names_the_file(read: Callable[..., object]) -> None:
+    with pytest.raises(CheckpointError, match=r"^m\.onnx: not a readable ONNX file \(5 bytes\)"):
+        read(b"\xff" * 5, uri="m.onnx")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from retinaray.errors import StorageError
+from retinaray.errors import StorageError, UnreadableFileError
 from retinaray.inference.pipeline import ImageResult, ImageSource, ReadSettings, detect_images
 
 Reader = Callable[[str], bytes]
@@ -107,15 +107,18 @@ def test_storage_errors_are_errors_of_their_image(
 ) -> None:
     def read(uri: str) -> bytes:
         if uri == "1":
-            raise StorageError("cannot read 1: access denied")
+            raise UnreadableFileError("cannot read 1: access denied")
         return files[uri]
 
     results = run(script_predictor(), sources_of([0, 1, 2]), read)
     assert [result.error for result in results] == ["", "cannot read 1: access denied", ""]
-    assert results[1].exception == "StorageError"
+    assert results[1].exception == "UnreadableFileError"
 
 
-@pytest.mark.parametrize("error", [MemoryError("no room"), KeyError("bug"), OSError("disk")])
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("no room"), KeyError("bug"), OSError("disk"), StorageError("the server is away")],
+)
 def test_other_exceptions_are_not_swallowed(
     script_predictor: Callable[..., Any], files: dict[str, bytes], error: Exception
 ) -> None:

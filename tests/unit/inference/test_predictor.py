@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+import retinaray.inference.tensorrt_backend as tensorrt_backend
 from retinaray.artifact import ModelCard
 from retinaray.detector.postprocess import NmsKind
 from retinaray.errors import CheckpointError, InferenceError
@@ -17,6 +19,7 @@ from retinaray.inference.predictor import (
     check_canvas,
     choose_backend,
     load_predictor,
+    pad_batches,
 )
 
 
@@ -31,6 +34,8 @@ from retinaray.inference.predictor import (
         ("onnx", "openvino", True, "openvino", "asked for"),
         ("onnx", "onnxruntime", False, "onnxruntime", "asked for"),
         ("onnx", "tensorrt", True, "tensorrt", "asked for"),
+        ("plan", "auto", True, "tensorrt", "a TensorRT engine is run by TensorRT"),
+        ("plan", "tensorrt", True, "tensorrt", "asked for"),
     ],
 )
 def test_choose_backend_goes_by_file_and_hardware_and_says_why(
@@ -53,6 +58,9 @@ def test_choose_backend_goes_by_file_and_hardware_and_says_why(
         ("weights", "tensorrt", True, "'tensorrt' cannot run weights files .*export it first"),
         ("onnx", "torch", False, "'torch' cannot run onnx files .*give --backend openvino"),
         ("onnx", "tflite", True, "'tflite' cannot run .*openvino, onnxruntime, tensorrt"),
+        ("plan", "auto", False, "needs an NVIDIA GPU .*run an .onnx file with --backend openvino"),
+        ("plan", "tensorrt", False, "'tensorrt' needs an NVIDIA GPU"),
+        ("plan", "openvino", True, "'openvino' cannot run plan files .*give the .onnx file"),
     ],
 )
 def test_choose_backend_refuses_and_says_what_to_do(
@@ -144,3 +152,46 @@ def test_suppressor_takes_the_cards_nms_kind_and_cap_unless_the_caller_has_other
     assert found.scores.tolist() == pytest.approx(scores)
     (found,) = Suppressor(card, PredictorSettings(nms_kind=asked, max_detections=1))(*candidates)
     assert found.scores.tolist() == pytest.approx(scores[:1])
+
+
+@pytest.mark.parametrize("uri", ["m.plan", "folder/m.ENGINE"])
+def test_load_predictor_hands_an_engine_and_its_description_to_tensorrt(
+    monkeypatch: pytest.MonkeyPatch, uri: str
+) -> None:
+    calls = []
+
+    def load(content: bytes, sidecar: bytes | None, **rest: object) -> str:
+        calls.append((content, sidecar, rest))
+        return "predictor"
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tensorrt_backend, "load_tensorrt_plan", load)
+    settings = PredictorSettings(batch=3)
+    loaded = load_predictor(b"plan", uri=uri, backend="auto", settings=settings, sidecar=b"{}")
+    assert loaded == ("predictor", "a TensorRT engine is run by TensorRT")
+    assert calls == [(b"plan", b"{}", {"uri": uri, "settings": settings})]
+
+
+@pytest.mark.parametrize(
+    ("uri", "backend"), [("m.onnx", "onnxruntime"), ("m.onnx", "tensorrt"), ("m.plan", "auto")]
+)
+def test_load_predictor_refuses_bf16_where_the_file_decides(
+    monkeypatch: pytest.MonkeyPatch, uri: str, backend: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(InferenceError, match=r"computes in the types of the file, not in bf16"):
+        load_predictor(b"", uri=uri, backend=backend, settings=PredictorSettings(precision="bf16"))
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes"), [(1, [1]), (3, [3]), (4, [3, 1]), (6, [3, 3])], ids=lambda value: str(value)
+)
+def test_pad_batches_fills_the_last_batch_with_black(count: int, sizes: list[int]) -> None:
+    images = torch.full((count, 3, 4, 5), 7, dtype=torch.uint8)
+    batches = list(pad_batches(images, 3, "float32"))
+    assert [real for _, real in batches] == sizes
+    for array, real in batches:
+        assert array.shape == (3, 3, 4, 5)
+        assert array.dtype == np.float32
+        assert (array[:real] == 7).all()
+        assert (array[real:] == 0).all()

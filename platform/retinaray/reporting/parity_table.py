@@ -1,0 +1,89 @@
+"""A comparison of runtimes as text for a terminal or a log."""
+
+from __future__ import annotations
+
+from retinaray.evaluation.difference_histogram import DifferenceHistogram
+from retinaray.evaluation.parity_rows import ParityGroup, ParityResult, ParityRow
+
+_HEAD = (
+    f"{'verdict':<7}  {'box px: p50 p99 max':>22}  {'score: p50 p99 max':>23}  {'changed':>7}  "
+    f"{'AP':>6}  {'differs':>8}  {'ms/image':>8}  {'times':>5}"
+)
+
+
+def render_parity(result: ParityResult) -> str:
+    """A table per canvas, the reasons of what failed, and what was not run.
+
+    Differences of boxes and scores are those before suppression; `changed` is the share of
+    detections that came, went or changed their class; `times` is how much faster than torch.
+    """
+    head = (
+        f"{result.num_images} images, batch {result.batch}, {result.threads} "
+        f"thread{'s' if result.threads > 1 else ''}, {result.machine}"
+    )
+    if result.num_errors:
+        head += f", {result.num_errors} UNREADABLE"
+    width = max([14, *(len(row.case.name) for row in result.rows)])
+    lines = [head]
+    for group in result.groups:
+        lines += _render_group(group, width)
+    for row in result.rows:
+        lines += [f"FAILS  {row.case.name}: {reason}" for reason in row.reasons]
+    for case in result.unrun:
+        lines.append(f"{'FAILS ' if case.is_fault else 'not run'} {case.name}: {case.reason}")
+    return "\n".join([*lines, *(f"note   {note}" for note in result.notes)])
+
+
+def _render_group(group: ParityGroup, width: int) -> list[str]:
+    height, columns = group.canvas
+    reference = (
+        f"{'torch fp32':<{width}}  {'-':<7}  {'':>22}  {'':>23}  {'':>7}  "
+        f"{_number(group.ap, '.4f'):>6}  {'':>8}  {_number(group.latency_ms, '.1f'):>8}  {'1':>5}"
+    )
+    return [
+        f"{f'canvas {height}x{columns}':<{width}}  {_HEAD}",
+        reference.rstrip(),
+        *(_render_row(row, group, width) for row in group.rows),
+    ]
+
+
+def _render_row(row: ParityRow, group: ParityGroup, width: int) -> str:
+    candidates = row.candidates
+    return "  ".join(
+        [
+            f"{row.case.name:<{width}}",
+            f"{'pass' if row.has_passed else 'FAILS':<7}",
+            f"{_quantiles(candidates.box_px, 6):>22}",
+            f"{_quantiles(candidates.scores, 7):>23}",
+            f"{row.detections.changed_share:>7.2%}",
+            f"{_number(row.ap, '.4f'):>6}",
+            f"{_number(row.ap_difference, '+.5f'):>8}",
+            f"{_number(row.latency_ms, '.1f'):>8}",
+            f"{_number(speed_up(row, group), '.2f'):>5}",
+        ]
+    )
+
+
+def speed_up(row: ParityRow, group: ParityGroup) -> float | None:
+    """How many times faster than the reference; none = not measured."""
+    if not row.latency_ms or group.latency_ms is None:
+        return None
+    return group.latency_ms / row.latency_ms
+
+
+def format_difference(value: float) -> str:
+    """Two digits of any size: 0, 3.8e-06, 0.0021, 0.41, 2.2, 15."""
+    if value == 0:
+        return "0"
+    if value < 1e-3:
+        return f"{value:.1e}"
+    return f"{value:.2g}" if value < 100 else f"{value:.0f}"
+
+
+def _quantiles(histogram: DifferenceHistogram, width: int) -> str:
+    values = (histogram.quantile(0.5), histogram.quantile(0.99), histogram.max)
+    return " ".join(f"{format_difference(value):>{width}}" for value in values)
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
