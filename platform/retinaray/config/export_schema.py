@@ -48,7 +48,7 @@ class CalibrationConfig(Config):
     batch: Annotated[int, Field(ge=1, le=256), Flag("--calibration-batch", unit="images")] = 8
     """Images per batch."""
     method: Annotated[Literal["entropy", "minmax", "percentile"], Flag("--calibration-method")] = (
-        "percentile"
+        "entropy"
     )
     """How the range of a tensor follows from the values that were seen."""
     percentile: Annotated[float, Field(gt=90, le=100), Flag("--percentile", unit="%")] = 99.99
