@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import json
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -226,6 +228,53 @@ def test_run_inference_leaves_out_the_image_that_kills_its_worker_each_time(
     kept = [row for row in _read_rows(Path(alone.run), "parts") if row["uri"] != str(poison)]
     assert _read_rows(tmp_path / "run", "parts") == kept
     assert list((tmp_path / "run" / "attempts").iterdir()) == []
+
+
+def test_run_inference_reads_tars_and_writes_what_was_asked_for(
+    alone: InferOutcome, make_infer_job: MakeJob, scenes: SceneSet, tmp_path: Path
+) -> None:
+    paths = sorted(scenes.images.glob("test*"))
+    (tmp_path / "tars").mkdir()
+    for number in range(2):
+        with tarfile.open(tmp_path / "tars" / f"shard-{number}.tar", "w") as shard:
+            for path in paths[number * 8 : number * 8 + 8]:
+                shard.add(path, path.name)
+    outcome = run_inference(
+        make_infer_job(
+            tmp_path / "found.jsonl.gz",
+            images=str(tmp_path / "tars"),
+            annotations=None,
+            select__limit=12,
+            write={"format": "jsonl", "compression": "zstd", "draw": 3, "crops": True},
+        )
+    )
+    assert (outcome.totals.num_images, outcome.totals.num_errors) == (12, 0)
+    run = Path(outcome.run)
+    assert len(list((run / "parts").glob("part-*.jsonl.zst"))) == 3
+    content = gzip.decompress((tmp_path / "found.jsonl.gz").read_bytes())
+    rows = [json.loads(line) for line in content.splitlines()]
+    assert [row["uri"].rpartition("/")[2] for row in rows] == [path.name for path in paths[:12]]
+    wanted = {
+        Path(row["uri"]).name: row["detections"] for row in _read_rows(Path(alone.run), "parts")
+    }
+    assert {Path(row["uri"]).name: row["detections"] for row in rows} == {
+        path.name: wanted[path.name] for path in paths[:12]
+    }
+    assert len(list((run / "overlays").iterdir())) == 3
+    assert any((run / "crops").iterdir())
+
+
+def test_run_inference_gives_the_same_bytes_when_images_are_one_tile_each(
+    alone: InferOutcome, make_infer_job: MakeJob, tmp_path: Path
+) -> None:
+    job = make_infer_job(
+        tmp_path / "run",
+        tiling={"tile": [64, 96], "full": False},
+        detection__max_detections=100,
+        workers=2,
+    )
+    run_inference(job)
+    _assert_same_bytes(tmp_path / "run", alone.run)
 
 
 def test_run_inference_refuses_a_second_driver_on_the_same_output(

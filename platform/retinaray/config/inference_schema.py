@@ -130,6 +130,59 @@ class EvaluateJob(Job):
         return self
 
 
+class SelectionConfig(Config):
+    """Which of the images that are found are taken."""
+
+    include: Annotated[tuple[str, ...], Flag("--include", metavar="GLOB")] = ()
+    """Patterns of which one must match, such as *.jpg or 2026/**; none = everything."""
+    exclude: Annotated[tuple[str, ...], Flag("--exclude", metavar="GLOB")] = ()
+    """Patterns of which none may match."""
+    min_bytes: Annotated[int | None, Field(ge=0), Flag("--min-bytes", unit="bytes")] = None
+    """Smaller files are left out."""
+    max_bytes: Annotated[int | None, Field(ge=1), Flag("--max-bytes", unit="bytes")] = None
+    """Larger files are left out."""
+    modified_after: Annotated[str | None, Flag("--modified-after", metavar="DATE")] = None
+    """Files last written before this are left out; 2026-05-31 or 2026-05-31T14:30+02:00."""
+    modified_before: Annotated[str | None, Flag("--modified-before", metavar="DATE")] = None
+    """Files last written at this moment or later are left out."""
+    limit: Annotated[int | None, Field(ge=1), Flag("--limit", unit="images")] = None
+    """Of what remains the first so many."""
+    sample: Annotated[float | None, Field(gt=0), Flag("--sample", metavar="N|SHARE")] = None
+    """Of what remains so many images, or a share below 1, chosen by a hash of the URI."""
+    seed: Annotated[int, Field(ge=0), Flag("--sample-seed")] = 0
+    """Another seed gives another sample."""
+
+
+class WriteConfig(Config):
+    """What a run leaves besides its record."""
+
+    format: Annotated[
+        Literal["coco-results", "coco-dataset", "jsonl", "parquet", "odtk"], Flag("--format")
+    ] = "coco-results"
+    """The merged result; parquet stays in parts, for sets that are too large for one file."""
+    compression: Annotated[Literal["none", "gzip", "zstd"], Flag("--compression")] = "none"
+    """Of the parts; a merged file is compressed when its name ends in .gz or .zst."""
+    draw: Annotated[int, Field(ge=0, le=100_000), Flag("--draw", unit="images")] = 0
+    """Pictures with their detections drawn, of so many images of the run."""
+    crops: Annotated[bool, Flag("--crops")] = False
+    """Also cut out the detections of the drawn images, a folder per class."""
+
+
+class TilingConfig(Config):
+    """Detection in overlapping tiles, so that small objects in large photos are found."""
+
+    tile: Annotated[Size | None, Flag("--tile", unit="px", metavar="H W")] = None
+    """Height and width of a tile in the image's pixels, or one number; none = no tiles."""
+    overlap: Annotated[float, Field(ge=0, lt=1), Flag("--overlap", unit="share")] = 0.2
+    """Part of a tile's side that neighbours share at least: the largest object's."""
+    full: Annotated[bool, Flag("--tile-full")] = True
+    """Detect in the whole image too, for objects larger than a tile."""
+    merge: Annotated[Literal["ios", "nms"], Flag("--tile-merge")] = "ios"
+    """Boxes of different tiles are one object by intersection over the smaller box, or by IoU."""
+    threshold: Annotated[float, Field(gt=0, le=1), Flag("--tile-threshold", unit="overlap")] = 0.5
+    """Above this overlap the worse of two such boxes goes."""
+
+
 class InferJob(Job):
     """Run a model over very many images with Ray Data and write COCO detections."""
 
@@ -142,15 +195,15 @@ class InferJob(Job):
 
     model: Annotated[Location, Flag("model", metavar="MODEL")]
     """.pth or .onnx file, local or on S3."""
-    images: Annotated[Location, Flag("--images", metavar="DIR|s3://|list.txt|coco.json")]
-    """Folder, S3 prefix, list of URIs (one per line) or COCO JSON (then file names are relative
-    to its folder)."""
+    images: Annotated[Location, Flag("--images", metavar="DIR|s3://|list|coco.json|.tar")]
+    """Folder or S3 prefix of images or of tars; a list (.txt, .csv, .jsonl, .parquet with a column
+    uri); tars (a-{000..012}.tar); or COCO JSON (file names are relative to its folder)."""
     annotations: Annotated[Location | None, Flag("--annotations", metavar="FILE")] = None
     """COCO JSON: its image ids are used, only its images are read, and mAP is printed."""
     output: Annotated[Location, Flag("--output", metavar="detections.json|RUN_URI")] = (
         "detections.json"
     )
-    """A .json file to write, or the folder / S3 prefix of a whole run."""
+    """A .json file to write (.gz and .zst compress it), or the folder / S3 prefix of a run."""
     backend: Annotated[BackendName, Flag("--backend")] = "auto"
     """Runtime; auto picks by file and hardware, and says what it picked."""
     batch: Annotated[int, Field(ge=1, le=1024), Flag("--batch", unit="images")] = 8
@@ -164,6 +217,9 @@ class InferJob(Job):
     overwrite: Annotated[bool, Flag("--overwrite")] = False
     """Start over although the output holds a run with other settings; its files are removed."""
     detection: DetectionConfig = DetectionConfig()
+    tiling: TilingConfig = TilingConfig()
+    select: SelectionConfig = SelectionConfig()
+    write: WriteConfig = WriteConfig()
     reading: ReadingConfig = ReadingConfig()
 
 

@@ -17,7 +17,10 @@ from retinaray.config.inference_schema import (
     EvaluateJob,
     InferJob,
     KittiConfig,
+    SelectionConfig,
     ThresholdsJob,
+    TilingConfig,
+    WriteConfig,
 )
 from retinaray.config.nodes import (
     BackboneName,
@@ -68,14 +71,17 @@ __all__ = [
     "OptimConfig",
     "ParityJob",
     "ReadingConfig",
+    "SelectionConfig",
     "Size",
     "SweepConfig",
     "ThresholdsJob",
+    "TilingConfig",
     "ToleranceConfig",
     "TrainDataConfig",
     "TrainJob",
     "TrainRunConfig",
     "TuneJob",
+    "WriteConfig",
 ]
 
 JOBS: tuple[type[Job], ...] = (

@@ -11,13 +11,9 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import asdict
-from itertools import islice
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import asdict, replace
 from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from retinaray.artifact import ModelCard, hash_content, model_kind
 from retinaray.assembly.provenance import collect_versions, make_run_id
@@ -28,6 +24,7 @@ from retinaray.assembly.reading import (
     read_model_card,
     read_model_file,
 )
+from retinaray.assembly.run_plan import make_choice, make_output
 from retinaray.config.loading import load_from_dict, to_dict
 from retinaray.config.schema import InferJob
 from retinaray.distributed.infer_outcome import InferOutcome
@@ -35,25 +32,19 @@ from retinaray.distributed.resources import ClusterSize, WorkerPlan, connect, pl
 from retinaray.distributed.run_settings import compare_settings
 from retinaray.errors import ClusterError, ConfigError
 from retinaray.evaluation.coco_map import evaluate_detections
-from retinaray.inference.manifest import Part, cut_parts, list_sources
+from retinaray.inference.manifest import cut_parts, list_sources
+from retinaray.inference.output_formats import OutputSettings, read_output_name
 from retinaray.inference.part_attempts import MAX_ATTEMPTS
+from retinaray.inference.part_table import write_parts
 from retinaray.inference.predictor import check_canvas, choose_backend
 from retinaray.inference.run_files import RunFiles, RunTotals
 from retinaray.inference.run_lock import RunLock
+from retinaray.inference.source_filters import SourceChoice
 from retinaray.reporting.inference_progress import InferenceView
-from retinaray.storage import Storage, is_s3, join_uri
+from retinaray.storage import Storage, is_s3
 
 logger = logging.getLogger(__name__)
 
-MANIFEST_SCHEMA = pa.schema(
-    [
-        ("part", pa.int64()),
-        # JSON texts, because ids may be numbers or strings.
-        ("image_ids", pa.list_(pa.string())),
-        ("uris", pa.list_(pa.string())),
-    ]
-)
-_PARTS_PER_FILE = 500
 _NO_PROGRESS_TIMEOUT_S = 900
 # Settings that do not change the result: a run may be resumed with others.
 _FREE_SETTINGS = ("workers", "overwrite", "output", "reading.threads")
@@ -73,12 +64,17 @@ def run_inference(job: InferJob) -> InferOutcome:
     start = time.monotonic()
     job = _resolve_paths(job)
     storage = Storage(endpoint_url=job.reading.endpoint_url)
-    files = RunFiles(_run_root(job.output), storage)
+    choice = make_choice(job.select)
+    output = read_output_name(job.output, job.write.format)
+    files = RunFiles(output.root, storage, OutputSettings(format=job.write.format))
     truth = read_json(job.annotations, job.reading) if job.annotations else None
     content, sidecar = read_model_file(job.model, job.reading)
     card = _read_card(content, sidecar, job)
     with RunLock(files.root, storage).held() as lock:
-        return _drive(job, files, lock, truth=truth, content=content, card=card, start=start)
+        record = _open_run(job, files, truth, choice, hash_content(content), card)
+        # What the parts look like is known only now.
+        files = replace(files, output=make_output(job, record))
+        return _drive(job, files, lock, truth=truth, record=record, start=start)
 
 
 def _drive(
@@ -87,31 +83,30 @@ def _drive(
     lock: RunLock,
     *,
     truth: Mapping[str, Any] | None,
-    content: bytes,
-    card: ModelCard,
+    record: dict[str, Any],
     start: float,
 ) -> InferOutcome:
     """Bring a run that nobody else drives to its end."""
     storage = files.storage
-    record = _open_run(job, files, truth, hash_content(content), card)
     num_parts = record["num_parts"]
     with connect(min_cpus=2) as cluster:
         backend, reason = choose_backend(
             model_kind(job.model), job.backend, has_gpu=cluster.num_gpus > 0
         )
         logger.info("backend %s: %s", backend, reason)
-        images_per_s, failures = _process(job, files, lock, cluster, num_parts, backend)
+        images_per_s, failures = _process(job, files, lock, cluster, record, backend)
     totals = _finish(files, record, num_parts, failures)
     detections = files.detections
-    if job.output.endswith(".json"):
-        detections = job.output
+    named = read_output_name(job.output, job.write.format).file
+    if named is not None:
+        detections = named
         with (
             storage.open_reader(files.detections) as source,
             storage.open_writer(detections) as out,
         ):
             while block := source.read(1 << 20):
                 out.write(block)
-    scores = evaluate_detections(truth, read_json(detections, job.reading)) if truth else None
+    scores = evaluate_detections(truth, list(files.read_results(num_parts))) if truth else None
     seconds = round(time.monotonic() - start, 1)
     result = {"scores": scores.to_dict() if scores else None, "seconds": seconds}
     files.write_record(
@@ -147,11 +142,6 @@ def _resolve_paths(job: InferJob) -> InferJob:
     return load_from_dict(InferJob, to_dict(job), changes)
 
 
-def _run_root(output: str) -> str:
-    """The run's folder: the output itself, or `NAME_run` beside a NAME.json."""
-    return f"{output.removesuffix('.json')}_run" if output.endswith(".json") else output
-
-
 def _read_card(content: bytes, sidecar: bytes | None, job: InferJob) -> ModelCard:
     """The model's card; what no cluster could run is refused here, before Ray starts.
 
@@ -173,6 +163,7 @@ def _open_run(
     job: InferJob,
     files: RunFiles,
     truth: Mapping[str, Any] | None,
+    choice: SourceChoice,
     model_sha256: str,
     card: ModelCard,
 ) -> dict[str, Any]:
@@ -204,8 +195,14 @@ def _open_run(
             "give another --output, or --overwrite to replace them"
         )
     files.remove_all()
-    num_parts, num_images = _write_manifest(
-        files, cut_parts(list_sources(job.images, truth, files.storage), job.part_size)
+    sources = list_sources(
+        job.images, truth, files.storage, choice=choice, threads=job.reading.threads
+    )
+    totals = write_parts(
+        cut_parts(sources, job.part_size),
+        files.manifest,
+        files.storage,
+        num_drawn=job.write.draw,
     )
     record = {
         "run_id": make_run_id(),
@@ -214,34 +211,14 @@ def _open_run(
         "annotations_sha256": truth_sha256,
         "training_run_id": card.run_id,
         "categories": card.categories.to_json(),
-        "num_parts": num_parts,
-        "num_inputs": num_images,
+        "num_parts": totals.num_parts,
+        "num_inputs": totals.num_images,
+        "has_integer_ids": totals.has_integer_ids,
+        "draw_limit": totals.draw_limit if job.write.draw else 0,
         "versions": collect_versions(),
     }
     files.write_record(record)
     return record
-
-
-def _write_manifest(files: RunFiles, parts: Iterator[Part]) -> tuple[int, int]:
-    """Write the parts as Parquet; returns the number of parts and of images."""
-    num_parts = num_images = 0
-    while chunk := list(islice(parts, _PARTS_PER_FILE)):
-        table = pa.Table.from_pydict(
-            {
-                "part": [part.number for part in chunk],
-                "image_ids": [[json.dumps(s.image_id) for s in part.sources] for part in chunk],
-                "uris": [[source.uri for source in part.sources] for part in chunk],
-            },
-            schema=MANIFEST_SCHEMA,
-        )
-        sink = pa.BufferOutputStream()
-        # One row group per part, so that a reader of one part need not hold the others.
-        pq.write_table(table, sink, row_group_size=1)
-        name = f"parts-{chunk[0].number:09}.parquet"
-        files.storage.write_bytes(join_uri(files.manifest, name), sink.getvalue().to_pybytes())
-        num_parts += len(chunk)
-        num_images += sum(len(part.sources) for part in chunk)
-    return num_parts, num_images
 
 
 def _process(
@@ -249,7 +226,7 @@ def _process(
     files: RunFiles,
     lock: RunLock,
     cluster: ClusterSize,
-    num_parts: int,
+    record: Mapping[str, Any],
     backend: str,
 ) -> tuple[float, list[str]]:
     """Run all parts that are not committed yet.
@@ -261,6 +238,7 @@ def _process(
         ClusterError: If Ray ended the run, or another driver took it over.
     """
     done = files.list_committed()
+    num_parts: int = record["num_parts"]
     if len(done) == num_parts:
         return 0.0, []
     plan = plan_inference(job.workers, num_parts - len(done), cluster)
@@ -273,7 +251,7 @@ def _process(
     )
     from ray.exceptions import RayError
 
-    receipts = _lay_out(job, files, plan, done, backend)
+    receipts = _lay_out(job, files, plan, done, backend, draw_limit=record["draw_limit"])
     view = InferenceView(num_parts=num_parts, num_done=len(done))
     failures: list[str] = []
     with view:
@@ -294,7 +272,15 @@ def _process(
     return view.images_per_s, failures
 
 
-def _lay_out(job: InferJob, files: RunFiles, plan: WorkerPlan, done: Set[int], backend: str) -> Any:
+def _lay_out(
+    job: InferJob,
+    files: RunFiles,
+    plan: WorkerPlan,
+    done: Set[int],
+    backend: str,
+    *,
+    draw_limit: int,
+) -> Any:
     """The lazy dataset of receipts: manifest in, one row per part, a pool of engines."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
@@ -335,6 +321,8 @@ def _lay_out(job: InferJob, files: RunFiles, plan: WorkerPlan, done: Set[int], b
                 "job": to_dict(job),
                 "backend": backend,
                 "root": files.root,
+                "output": files.output,
+                "draw_limit": draw_limit,
                 "threads": plan.num_threads,
                 "done": frozenset(done),
             },

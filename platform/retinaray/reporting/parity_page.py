@@ -17,7 +17,11 @@ from retinaray.evaluation.parity_rows import (
 )
 from retinaray.reporting.parity_charts import common_decades, draw_bars, draw_histogram
 from retinaray.reporting.parity_style import STYLE
-from retinaray.reporting.parity_table import format_difference, speed_up
+from retinaray.reporting.parity_table import (
+    format_ap_difference,
+    format_difference,
+    speed_up,
+)
 
 _COLUMNS = (
     "Case",
@@ -182,7 +186,8 @@ def _show_changes(tally: DifferenceTally, limit: str) -> str:
 def _show_ap(row: ParityRow, limit: str) -> str:
     if row.ap is None or row.ap_difference is None:
         return "-"
-    return f"<b>{row.ap:.4f}</b><small>{row.ap_difference:+.5f}{_at_most('±' + limit)}</small>"
+    difference = f"{format_ap_difference(row.ap_difference)}{_at_most('±' + limit)}"
+    return f"<b>{row.ap:.4f}</b><small>{difference}</small>"
 
 
 def _show_latency(row: ParityRow, group: ParityGroup) -> str:

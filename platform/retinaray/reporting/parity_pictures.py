@@ -197,16 +197,18 @@ def _overlap(one: Rectangle, other: Rectangle) -> bool:
 def _dash(
     box: Rectangle, length: float
 ) -> Iterator[tuple[tuple[float, float], tuple[float, float]]]:
-    """Pieces of the four sides, as long as the gaps between them."""
+    """Pieces of the four sides, as long as the gaps between them; at least two on a side."""
     left, top, right, bottom = box
     corners = [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
     for (x1, y1), (x2, y2) in itertools.pairwise(corners):
         side = abs(x2 - x1) + abs(y2 - y1)
-        start = 0.0
-        while start < side:
-            end = min(start + length, side)
-            yield (
-                (x1 + (x2 - x1) * start / side, y1 + (y2 - y1) * start / side),
-                (x1 + (x2 - x1) * end / side, y1 + (y2 - y1) * end / side),
+        num_pieces = max(2, round(side / (2 * length)))
+        for number in range(num_pieces):
+            start, end = (
+                (2 * number + 0.5) / (2 * num_pieces),
+                (2 * number + 1.5) / (2 * num_pieces),
             )
-            start += 2 * length
+            yield (
+                (x1 + (x2 - x1) * start, y1 + (y2 - y1) * start),
+                (x1 + (x2 - x1) * end, y1 + (y2 - y1) * end),
+            )

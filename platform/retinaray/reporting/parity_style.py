@@ -60,7 +60,7 @@ svg .limit-text { fill: var(--bad); font-size: 10.5px; }
 .key { display: inline-block; width: 30px; border-top: 4px solid var(--reference);
   margin-right: 8px; vertical-align: middle; }
 .key.candidate { border-top: 4px dashed var(--candidate); }
-.pictures { display: grid; gap: 16px;
+.pictures { display: grid; gap: 16px; align-items: start;
   grid-template-columns: repeat(auto-fill, minmax(480px, 1fr)); }
 .pictures figure { padding: 0; overflow: hidden; }
 .pictures img { display: block; width: 100%; height: auto; }

@@ -57,7 +57,7 @@ def _render_row(row: ParityRow, group: ParityGroup, width: int) -> str:
             f"{_quantiles(candidates.scores, 7):>23}",
             f"{row.detections.changed_share:>7.2%}",
             f"{_number(row.ap, '.4f'):>6}",
-            f"{_number(row.ap_difference, '+.5f'):>8}",
+            f"{format_ap_difference(row.ap_difference):>8}",
             f"{_number(row.latency_ms, '.1f'):>8}",
             f"{_number(speed_up(row, group), '.2f'):>5}",
         ]
@@ -78,6 +78,12 @@ def format_difference(value: float) -> str:
     if value < 1e-3:
         return f"{value:.1e}"
     return f"{value:.2g}" if value < 100 else f"{value:.0f}"
+
+
+def format_ap_difference(value: float | None) -> str:
+    """Five digits with a sign; a dash when there is none."""
+    # Adding zero takes the sign from what rounds to zero.
+    return "-" if value is None else f"{round(value, 5) + 0.0:+.5f}"
 
 
 def _quantiles(histogram: DifferenceHistogram, width: int) -> str:

@@ -21,7 +21,11 @@ from retinaray.evaluation.parity_rows import (
 )
 from retinaray.reporting.parity_charts import common_decades, draw_bars, draw_histogram
 from retinaray.reporting.parity_page import ParityPicture, render_page
-from retinaray.reporting.parity_table import format_difference, render_parity
+from retinaray.reporting.parity_table import (
+    format_ap_difference,
+    format_difference,
+    render_parity,
+)
 
 VOID = {"meta", "img", "br"}
 
@@ -238,6 +242,13 @@ def test_render_parity_shows_a_dash_for_what_was_not_measured(
 )  # fmt: skip
 def test_format_difference_gives_two_digits_of_any_size(value: float, text: str) -> None:
     assert format_difference(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "-"), (-1e-7, "+0.00000"), (-0.00198, "-0.00198"), (0.1, "+0.10000")]
+)
+def test_format_ap_difference_has_a_sign_unless_it_is_zero(value: float | None, text: str) -> None:
+    assert format_ap_difference(value) == text
 
 
 def test_common_decades_hold_all_bars() -> None:

@@ -82,6 +82,13 @@ def test_boxes_of_both_show_both_colours_along_each_side() -> None:
         assert 0.3 < count_along(side, CANDIDATE_COLOUR) < 0.7
 
 
+def test_small_boxes_show_both_colours_too() -> None:
+    small = [20, 20, 23, 23, 0.8, 0]
+    corner = draw([small], [small])[195:235, 195:235]
+    assert is_colour(corner, REFERENCE_COLOUR).sum() > 50
+    assert is_colour(corner, CANDIDATE_COLOUR).sum() > 50
+
+
 def test_a_missing_box_is_thick_and_in_the_reference_colour_only() -> None:
     pixels = draw([BOX], [])
     assert count_along(pixels[203, 220:580], REFERENCE_COLOUR) > 0.95

@@ -1,0 +1,137 @@
+"""Settings of a batch inference as what its parts are made of: which images, what is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from retinaray.artifact import ModelCard
+from retinaray.assembly.reading import make_predictor_settings, make_read_settings
+from retinaray.assembly.run_pictures import PictureSettings, RunPictures
+from retinaray.config.schema import InferJob, SelectionConfig
+from retinaray.data.image_decoding import decode_image
+from retinaray.inference.output_formats import OutputSettings, read_output_name
+from retinaray.inference.pipeline import ImageResult, ImageSource, detect_images, load_canvas
+from retinaray.inference.predictor import Predictor, PredictorSettings
+from retinaray.inference.run_files import RunFiles
+from retinaray.inference.source_filters import SourceChoice, parse_moment
+from retinaray.inference.tiled_pipeline import detect_tiled
+from retinaray.inference.tiling import TileSettings, make_tile_predictor_settings
+
+_DRAW_SEED = 0
+# A photo that is worth tiling holds more objects than a card's 100.
+_MAX_TILED_DETECTIONS = 1000
+
+
+def make_choice(select: SelectionConfig) -> SourceChoice:
+    """Which of the images that are found are taken.
+
+    Raises:
+        ConfigError: If values contradict each other.
+    """
+    sample = select.sample
+    return SourceChoice(
+        include=select.include,
+        exclude=select.exclude,
+        min_bytes=select.min_bytes,
+        max_bytes=select.max_bytes,
+        modified_after=parse_moment(select.modified_after) if select.modified_after else None,
+        modified_before=parse_moment(select.modified_before) if select.modified_before else None,
+        limit=select.limit,
+        sample=int(sample) if sample is not None and sample >= 1 else sample,
+        seed=select.seed,
+    )
+
+
+def make_output(job: InferJob, record: Mapping[str, Any]) -> OutputSettings:
+    """What a run writes, from its settings and its record."""
+    return OutputSettings(
+        format=job.write.format,
+        compression=job.write.compression,
+        merged_compression=read_output_name(job.output, job.write.format).merged_compression,
+        categories=tuple(record["categories"]),
+        images_root=job.images,
+        has_integer_ids=record["has_integer_ids"],
+    )
+
+
+def make_infer_settings(job: InferJob, *, threads: int) -> PredictorSettings:
+    """How the engine of a worker runs: tiles are suppressed one by one and merged afterwards."""
+    settings = make_predictor_settings(job.detection, batch=job.batch, threads=threads)
+    return settings if job.tiling.tile is None else make_tile_predictor_settings(settings)
+
+
+def make_tiling(job: InferJob, card: ModelCard) -> TileSettings | None:
+    """How images are cut; none = not at all."""
+    if job.tiling.tile is None:
+        return None
+    height, width = job.tiling.tile
+    asked = job.detection.max_detections
+    return TileSettings(
+        tile_height=height,
+        tile_width=width,
+        overlap=job.tiling.overlap,
+        has_full=job.tiling.full,
+        merge=job.tiling.merge,
+        merge_threshold=job.tiling.threshold,
+        is_class_agnostic=(job.detection.nms_kind or card.nms_kind) == "agnostic",
+        max_detections=_MAX_TILED_DETECTIONS if asked is None else asked,
+    )
+
+
+def detect_part(
+    predictor: Predictor,
+    sources: Iterable[ImageSource],
+    job: InferJob,
+    *,
+    read: Callable[[str], bytes],
+) -> Iterator[ImageResult]:
+    """Detect in the images of a part, cut or whole as the job says."""
+    settings = make_read_settings(job.reading)
+    tiling = make_tiling(job, predictor.card)
+    if tiling is None:
+        return detect_images(predictor, sources, read=read, batch=job.batch, settings=settings)
+    return detect_tiled(
+        predictor, sources, read=read, batch=job.batch, settings=settings, tiling=tiling
+    )
+
+
+def load_as_used(
+    source: ImageSource, job: InferJob, canvas: tuple[int, int], read: Callable[[str], bytes]
+) -> None:
+    """Read one image as `detect_part` would, and forget it.
+
+    Raises:
+        ImageError, StorageError: If it cannot be read or decoded.
+    """
+    if job.tiling.tile is None:
+        load_canvas(source, canvas, read, make_read_settings(job.reading))
+        return
+    decode_image(
+        read(source.uri),
+        max_pixels=job.reading.max_pixels,
+        allow_truncated=job.reading.allow_truncated,
+    )
+
+
+def make_pictures(
+    job: InferJob, files: RunFiles, card: ModelCard, read: Callable[[str], bytes], *, limit: int
+) -> RunPictures:
+    """The writer of overlays and cut-outs.
+
+    Args:
+        job: The job.
+        files: The run.
+        card: Names of the classes.
+        read: Gives the bytes at a URI.
+        limit: Of the hashes of the images that are drawn.
+    """
+    settings = PictureSettings(
+        limit=limit,
+        seed=_DRAW_SEED,
+        has_crops=job.write.crops,
+        max_pixels=job.reading.max_pixels,
+        allow_truncated=job.reading.allow_truncated,
+    )
+    names = dict(zip(card.categories.ids, card.categories.names, strict=True))
+    return RunPictures(files, settings, names=names, read=read)
