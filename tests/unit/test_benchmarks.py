@@ -188,8 +188,15 @@ def test_find_cases_gives_the_files_that_define_run(run: ModuleType, tmp_path: P
     (tmp_path / "helper.py").write_text("def other(): ...\nclass A:\n    def run(self): ...")
     (tmp_path / "conftest.py").write_text("import pytest")
     assert run.find_cases(tmp_path) == ["fast"]
-    cases = ["anchors", "decode", "doctor", "inference", "threshold_sweep", "train_step"]
-    assert run.find_cases() == cases
+    assert run.find_cases() == [
+        "anchors",
+        "batch_files",
+        "decode",
+        "doctor",
+        "inference",
+        "threshold_sweep",
+        "train_step",
+    ]
 
 
 @pytest.fixture
@@ -245,7 +252,7 @@ def test_main_refuses_a_case_that_is_not_there(
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
         run.main(["train_steps"])
-    assert "no such case: train_steps; expected of anchors, decode" in capsys.readouterr().err
+    assert "no such case: train_steps; expected of anchors, batch_files, decode" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from retinaray.assembly.reading import make_predictor_settings, make_read_settin
 from retinaray.assembly.run_pictures import PictureSettings, RunPictures
 from retinaray.config.schema import InferJob, SelectionConfig
 from retinaray.data.image_decoding import decode_image
+from retinaray.inference.manifest import source_root
 from retinaray.inference.output_formats import OutputSettings, read_output_name
 from retinaray.inference.pipeline import ImageResult, ImageSource, detect_images, load_canvas
 from retinaray.inference.predictor import Predictor, PredictorSettings
@@ -38,9 +39,28 @@ def make_choice(select: SelectionConfig) -> SourceChoice:
         modified_after=parse_moment(select.modified_after) if select.modified_after else None,
         modified_before=parse_moment(select.modified_before) if select.modified_before else None,
         limit=select.limit,
-        sample=int(sample) if sample is not None and sample >= 1 else sample,
+        sample=int(sample) if sample is not None and sample == int(sample) else sample,
         seed=select.seed,
     )
+
+
+def list_truth(job: InferJob, files: RunFiles, num_parts: int, truth: Any) -> Any:
+    """The ground truth of the images that a finished run has taken.
+
+    Args:
+        job: Whether it chose among them.
+        files: The run.
+        num_parts: Its parts.
+        truth: Content of the annotations.
+    """
+    if job.select == SelectionConfig():
+        return truth
+    taken = {row["image_id"] for row in (*files.read_rows(num_parts), *files.list_errors())}
+    return {
+        **truth,
+        "images": [image for image in truth["images"] if image["id"] in taken],
+        "annotations": [box for box in truth["annotations"] if box["image_id"] in taken],
+    }
 
 
 def make_output(job: InferJob, record: Mapping[str, Any]) -> OutputSettings:
@@ -50,7 +70,7 @@ def make_output(job: InferJob, record: Mapping[str, Any]) -> OutputSettings:
         compression=job.write.compression,
         merged_compression=read_output_name(job.output, job.write.format).merged_compression,
         categories=tuple(record["categories"]),
-        images_root=job.images,
+        images_root=source_root(job.images, {} if job.annotations else None),
         has_integer_ids=record["has_integer_ids"],
     )
 

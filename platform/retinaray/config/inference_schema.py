@@ -152,6 +152,31 @@ class SelectionConfig(Config):
     seed: Annotated[int, Field(ge=0), Flag("--sample-seed")] = 0
     """Another seed gives another sample."""
 
+    @model_validator(mode="after")
+    def _check_fields_together(self) -> SelectionConfig:
+        sample = self.sample
+        low, high = self.min_bytes, self.max_bytes
+        require(
+            [
+                (
+                    self.limit is None or sample is None,
+                    f"select.limit={self.limit} and select.sample={sample} are both given: keep "
+                    "one of them",
+                ),
+                (
+                    sample is None or sample < 1 or sample == int(sample),
+                    f"select.sample={sample}: expected a whole number of images, or a share below "
+                    "1",
+                ),
+                (
+                    low is None or high is None or low <= high,
+                    f"select.min_bytes={low} is above select.max_bytes={high}: nothing could be "
+                    "left",
+                ),
+            ]
+        )
+        return self
+
 
 class WriteConfig(Config):
     """What a run leaves besides its record."""
@@ -166,6 +191,19 @@ class WriteConfig(Config):
     """Pictures with their detections drawn, of so many images of the run."""
     crops: Annotated[bool, Flag("--crops")] = False
     """Also cut out the detections of the drawn images, a folder per class."""
+
+    @model_validator(mode="after")
+    def _check_fields_together(self) -> WriteConfig:
+        require(
+            [
+                (
+                    self.draw > 0 or not self.crops,
+                    "write.crops cuts out of drawn images, and write.draw=0 draws none: give "
+                    "--draw N",
+                ),
+            ]
+        )
+        return self
 
 
 class TilingConfig(Config):

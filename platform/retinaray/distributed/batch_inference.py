@@ -24,7 +24,7 @@ from retinaray.assembly.reading import (
     read_model_card,
     read_model_file,
 )
-from retinaray.assembly.run_plan import make_choice, make_output
+from retinaray.assembly.run_plan import list_truth, make_choice, make_output
 from retinaray.config.loading import load_from_dict, to_dict
 from retinaray.config.schema import InferJob
 from retinaray.distributed.infer_outcome import InferOutcome
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 _NO_PROGRESS_TIMEOUT_S = 900
 # Settings that do not change the result: a run may be resumed with others.
-_FREE_SETTINGS = ("workers", "overwrite", "output", "reading.threads")
+_FREE_SETTINGS = ("workers", "overwrite", "output", "reading.threads", "write.compression")
 
 
 def run_inference(job: InferJob) -> InferOutcome:
@@ -106,7 +106,10 @@ def _drive(
         ):
             while block := source.read(1 << 20):
                 out.write(block)
-    scores = evaluate_detections(truth, list(files.read_results(num_parts))) if truth else None
+    scores = None
+    if truth is not None:
+        taken = list_truth(job, files, num_parts, truth)
+        scores = evaluate_detections(taken, list(files.read_results(num_parts)))
     seconds = round(time.monotonic() - start, 1)
     result = {"scores": scores.to_dict() if scores else None, "seconds": seconds}
     files.write_record(

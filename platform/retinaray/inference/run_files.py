@@ -214,7 +214,7 @@ class RunFiles:
             num_images, num_detections = self._list_parquet(num_parts)
         else:
             num_images, num_detections = self._write_merged(num_parts)
-        num_errors = sum(1 for _ in self._read_errors())
+        num_errors = sum(1 for _ in self.list_errors())
         return RunTotals(num_parts, num_images, num_errors, num_detections)
 
     def _write_merged(self, num_parts: int) -> tuple[int, int]:
@@ -298,12 +298,17 @@ class RunFiles:
     def read_errors(self, limit: int) -> list[dict[str, Any]]:
         """The first errors of the run, in the order of its images."""
         found: list[dict[str, Any]] = []
-        errors = self._read_errors()
+        errors = self.list_errors()
         while len(found) < limit and (error := next(errors, None)) is not None:
             found.append(error)
         return found
 
-    def _read_errors(self) -> Iterator[Row]:
+    def list_errors(self) -> Iterator[Row]:
+        """All errors of the run, in the order of its images.
+
+        Raises:
+            StorageError: If they cannot be read.
+        """
         for uri in self.storage.list_files(join_uri(self.root, "errors")):
             yield from decode_rows(self.storage.read_bytes(uri), uri)
 

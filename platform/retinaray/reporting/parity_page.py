@@ -303,7 +303,7 @@ def _render_pictures(result: ParityResult, pictures: Sequence[ParityPicture]) ->
         "<section><h2>Where detections differ most</h2>"
         '<p class="legend"><span><i class="key reference"></i>torch fp32, solid</span>'
         '<span><i class="key candidate"></i>the case, dashed</span>'
-        "<span>thick: only one of them has it</span></p>"
+        "<span>thick: only one of them has it; thin and alone: close to its threshold</span></p>"
         f'{same}<div class="pictures">{"".join(figures)}</div></section>'
     )
 
