@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -40,32 +40,54 @@ def _state(group: Any) -> str:
     return str(placement_group_table(group)["state"])
 
 
+@pytest.fixture
+def janitor() -> Iterator[Any]:
+    """A janitor of this test."""
+    actor = start_janitor()
+    yield actor
+    ray.kill(actor)
+
+
+@pytest.fixture
+def make_trial() -> Iterator[Callable[[], Any]]:
+    """Trials that end with the test, whatever becomes of it: others need their processors."""
+    trials: list[Any] = []
+
+    def make() -> Any:
+        trials.append(_Trial.remote())
+        return trials[-1]
+
+    yield make
+    for trial in trials:
+        ray.kill(trial)
+
+
 def test_janitor_gives_back_what_a_stopped_trial_held(
+    janitor: Any,
+    make_trial: Callable[[], Any],
     wait_until: Callable[[Callable[[], object], str], None],
 ) -> None:
-    janitor = start_janitor()
-    trial: Any = _Trial.remote()
+    trial = make_trial()
     group = ray.get(trial.start.remote(janitor))
     assert _state(group) == "CREATED"
     assert ray.get(janitor.count.remote()) == 1
     ray.kill(trial)
     wait_until(lambda: _state(group) == "REMOVED", "the placement group's end")
     wait_until(lambda: ray.get(janitor.count.remote()) == 0, "an empty list")
-    ray.kill(janitor)
 
 
 def test_janitor_leaves_a_running_trial_alone(
+    janitor: Any,
+    make_trial: Callable[[], Any],
     wait_until: Callable[[Callable[[], object], str], None],
 ) -> None:
-    janitor = start_janitor()
-    gone: Any = _Trial.remote()
-    running: Any = _Trial.remote()
+    gone, running = make_trial(), make_trial()
     first, second = ray.get([gone.start.remote(janitor), running.start.remote(janitor)])
     ray.get(gone.finish.remote())
     wait_until(lambda: _state(first) == "REMOVED", "the end of the first placement group")
+    # The group goes before the janitor's note of it.
+    wait_until(lambda: ray.get(janitor.count.remote()) == 1, "one trial to watch")
     assert _state(second) == "CREATED"
-    assert ray.get(janitor.count.remote()) == 1
     for actor in (gone, running):
         ray.kill(actor)
     wait_until(lambda: _state(second) == "REMOVED", "the end of the second placement group")
-    ray.kill(janitor)

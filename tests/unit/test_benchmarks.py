@@ -252,7 +252,8 @@ def test_main_refuses_a_case_that_is_not_there(
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
         run.main(["train_steps"])
-    assert "no such case: train_steps; expected of anchors, batch_files, decode" in capsys.readouterr().err
+    complaint = capsys.readouterr().err
+    assert "no such case: train_steps; expected of anchors, batch_files, decode" in complaint
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ def make_predictor_settings(
         batch=batch,
         threads=threads,
         canvas=canvas,
+        precision=detection.precision,
         score_threshold=detection.score_threshold,
         nms_iou=detection.nms_iou,
         max_detections=detection.max_detections,

@@ -34,6 +34,9 @@ class DetectionConfig(Config):
     """Short side of the canvas, with --max-size: another way to say --size."""
     max_size: Annotated[int | None, Field(ge=32, le=8192), Flag("--max-size", unit="px")] = None
     """Long side of the canvas, with --resize."""
+    precision: Annotated[Literal["auto", "fp32", "bf16"], Flag("--precision")] = "auto"
+    """What a processor computes in: auto = bf16 with OpenVINO where it has that, else fp32. On GPUs
+    an exported file has its own types."""
     score_threshold: Annotated[float | None, Field(ge=0, lt=1), Flag("--score-threshold")] = None
     """Detections below this score are dropped; none = the thresholds stored in the model (0.05
     when trained)."""

@@ -47,9 +47,10 @@ _EVERYWHERE: Mapping[str, OdtkFlag] = {
     ),
     "--rotated-bbox": OdtkFlag("none", _ROTATED),
     "--absolute-angle": OdtkFlag("none", _ROTATED),
-    "--full-precision": OdtkFlag(
-        "none", "a model runs in the precision it was exported in; remove it"
-    ),
+    "--full-precision": OdtkFlag("none", "nothing is computed in half precision here; remove it"),
+}
+_DETECT: Mapping[str, OdtkFlag] = {
+    "--full-precision": OdtkFlag("none", "", change=("detection.precision", "fp32")),
 }
 _TRAIN: Mapping[str, OdtkFlag] = {
     "--full-precision": OdtkFlag("none", "", change=("run.precision", "fp32")),
@@ -73,7 +74,12 @@ _EXPORT: Mapping[str, OdtkFlag] = {
         "many", "use --batch with the same numbers: least, usual and most images per call"
     ),
 }
-_BY_VERB: Mapping[str, Mapping[str, OdtkFlag]] = {"train": _TRAIN, "export": _EXPORT}
+_BY_VERB: Mapping[str, Mapping[str, OdtkFlag]] = {
+    "train": _TRAIN,
+    "export": _EXPORT,
+    "infer": _DETECT,
+    "evaluate": _DETECT,
+}
 
 
 def list_odtk_flags(verb: str) -> Mapping[str, OdtkFlag]:

@@ -56,7 +56,7 @@ INFER_FLAGS = [
     ("--resize 800 --max-size 1333", ""),
     ("--with-apex", "bf16 is built in"),
     ("--with-dali", "not needed"),
-    ("--full-precision", "in the precision it was exported in"),
+    ("--full-precision", ""),
     ("--rotated-bbox", "rotated boxes are not supported"),
     ("--master 127.0.0.1:29500", "set RAY_ADDRESS"),
 ]
@@ -73,7 +73,12 @@ EXPORT_FLAGS = [
     ("--batch 8", ""),
     ("--master 127.0.0.1:29500", "set RAY_ADDRESS"),
 ]
-TRANSLATED = {"train": {"run.precision"}, "export": {"precision"}}
+TRANSLATED = {
+    "train": {"run.precision"},
+    "export": {"precision"},
+    "infer": {"detection.precision"},
+    "evaluate": {"detection.precision"},
+}
 ALL_FLAGS = [
     *((TrainJob, "model.pth --annotations train.json", *entry) for entry in TRAIN_FLAGS),
     *((InferJob, "model.pth --images images", *entry) for entry in INFER_FLAGS),
