@@ -11,8 +11,13 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from retinaray.assembly.file_gate import check_content, describe_parity, read_canvases, read_model
-from retinaray.assembly.portable_file import FileRequest, read_fixed_batch_of, write_portable_file
+from retinaray.assembly.file_gate import (
+    describe_parity,
+    read_canvases,
+    read_model,
+    write_checked_file,
+)
+from retinaray.assembly.portable_file import FileRequest, read_fixed_batch_of
 from retinaray.config.schema import BundleJob
 from retinaray.errors import ExportError
 from retinaray.evaluation.parity_rows import ParityRow
@@ -89,19 +94,7 @@ def run_bundle(job: BundleJob) -> BundleOutcome:
         fixed_batch=read_fixed_batch_of(job.batch),
         top_k=job.top_k,
     )
-    content = write_portable_file(
-        model, card, request, calibration=job.calibration, reading=job.reading
-    )
-    row, _ = check_content(
-        content,
-        name=job.output,
-        model=model,
-        card=card,
-        gate=job.gate,
-        calibration=job.calibration,
-        reading=job.reading,
-        batch=job.batch,
-    )
+    content, row, _ = write_checked_file(model, card, request, job)
     files = _list_files(job, content, request)
     write_bundle(files, local_path(job.output))
     return BundleOutcome(

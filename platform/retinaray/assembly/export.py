@@ -10,12 +10,12 @@ from typing import Any
 from retinaray.artifact import hash_content
 from retinaray.assembly.file_gate import (
     DEFAULT_BATCH,
-    check_content,
     describe_build,
     describe_parity,
     read_model,
+    write_checked_file,
 )
-from retinaray.assembly.portable_file import FileRequest, read_fixed_batch_of, write_portable_file
+from retinaray.assembly.portable_file import FileRequest, read_fixed_batch_of
 from retinaray.config.schema import (
     ENGINE_ENDINGS,
     EngineConfig,
@@ -107,19 +107,7 @@ def run_export(job: ExportJob) -> ExportOutcome:
         top_k=job.top_k,
     )
     logger.info("exporting for %dx%d (height x width)", *request.canvas)
-    content = write_portable_file(
-        model, card, request, calibration=job.calibration, reading=job.reading
-    )
-    row, nvidia = check_content(
-        content,
-        name=job.output,
-        model=model,
-        card=card,
-        gate=job.gate,
-        calibration=job.calibration,
-        reading=job.reading,
-        batch=job.batch or DEFAULT_BATCH,
-    )
+    content, row, nvidia = write_checked_file(model, card, request, job)
     written = content
     if is_engine:
         written = _write_engine(job, content, storage)

@@ -15,8 +15,15 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from retinaray.artifact import ModelCard, model_kind, read_weights
+from retinaray.assembly.portable_file import FileRequest, write_portable_file
 from retinaray.assembly.reading import make_read_settings, make_reader
-from retinaray.config.schema import CalibrationConfig, GateConfig, ReadingConfig
+from retinaray.config.schema import (
+    BundleJob,
+    CalibrationConfig,
+    ExportJob,
+    GateConfig,
+    ReadingConfig,
+)
 from retinaray.detector.retinanet import RetinaNet
 from retinaray.errors import ExportError
 from retinaray.evaluation.parity_rows import ParityCase, ParityRow, ParityTolerance
@@ -62,6 +69,41 @@ def read_model(uri: str, reading: ReadingConfig) -> tuple[ModelCard, RetinaNet, 
     storage = Storage(endpoint_url=reading.endpoint_url)
     card, model = read_weights(storage.read_bytes(uri), source=uri)
     return card, model, storage
+
+
+def write_checked_file(
+    model: RetinaNet, card: ModelCard, request: FileRequest, job: ExportJob | BundleJob
+) -> tuple[bytes, ParityRow, NvidiaBuild | None]:
+    """Export a network and hold the file to it.
+
+    Args:
+        model: The trained network.
+        card: The network's.
+        request: What file is wanted.
+        job: Images and tolerances of the comparison, calibration, batch and name.
+
+    Returns:
+        The ONNX file, how far it lies from the original, and what NVIDIA's builder made of it.
+
+    Raises:
+        ExportError: If the file cannot be written, differs too much from the original, or the
+            builder refuses it.
+        DatasetError, ImageError, StorageError: If images cannot be used.
+    """
+    content = write_portable_file(
+        model, card, request, calibration=job.calibration, reading=job.reading
+    )
+    row, nvidia = check_content(
+        content,
+        name=job.output,
+        model=model,
+        card=card,
+        gate=job.gate,
+        calibration=job.calibration,
+        reading=job.reading,
+        batch=job.batch or DEFAULT_BATCH,
+    )
+    return content, row, nvidia
 
 
 def check_content(
