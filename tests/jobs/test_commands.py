@@ -71,7 +71,7 @@ def test_export_prints_what_it_left(chain: Chain, workplace: Path) -> None:
     result = chain.results["export"]
     assert result["canvas"] == [64, 96]
     assert result["num_bytes"] == (workplace / "model.onnx").stat().st_size
-    assert result["parity"]["num_missing"] == 0
+    assert result["parity"]["candidates"]["num_missing"] == 0
 
 
 def test_infer_prints_what_it_left(chain: Chain, workplace: Path) -> None:
