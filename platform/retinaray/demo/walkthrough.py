@@ -251,7 +251,7 @@ def _export(data: _Dataset, folder: Path, clock: _Clock) -> None:
     settings = {
         "model": str(folder / "model.pth"),
         "output": str(folder / "model.onnx"),
-        "images": str(data.images),
+        "gate": {"images": str(data.images)},
     }
     exported = run_export(load_from_dict(ExportJob, settings))
     parity = f"largest box difference from torch {exported.parity.candidates.box_px.max:.3f} px"
