@@ -16,7 +16,7 @@ from torch import Tensor
 
 from retinaray.artifact import ModelCard, model_kind, read_weights
 from retinaray.assembly.portable_file import FileRequest, write_portable_file
-from retinaray.assembly.reading import make_read_settings, make_reader
+from retinaray.assembly.reading import make_read_settings
 from retinaray.config.schema import (
     BundleJob,
     CalibrationConfig,
@@ -44,6 +44,7 @@ from retinaray.inference.onnx_contract import read_onnx_card, read_precision
 from retinaray.inference.onnxruntime_backend import OnnxRuntimePredictor
 from retinaray.inference.pipeline import load_canvas
 from retinaray.inference.predictor import PredictorSettings
+from retinaray.inference.source_reading import make_source_reader
 from retinaray.inference.torch_backend import TOP_K, TorchPredictor
 from retinaray.machine import count_cores
 from retinaray.storage import Storage
@@ -213,8 +214,8 @@ def read_canvases(
         yield from make_test_canvases(canvas)
         return
     storage = Storage(endpoint_url=reading.endpoint_url)
-    sources = islice(list_sources(images, None, storage), limit)
-    settings, reader = make_read_settings(reading), make_reader(reading)
+    sources = list(islice(list_sources(images, None, storage), limit))
+    settings, reader = make_read_settings(reading), make_source_reader(sources, storage)
     for source in sources:
         yield torch.from_numpy(load_canvas(source, canvas, reader, settings)[0]).permute(2, 0, 1)
 

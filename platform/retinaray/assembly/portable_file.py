@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from retinaray.artifact import ModelCard
-from retinaray.assembly.reading import make_read_settings, make_reader
+from retinaray.assembly.reading import make_read_settings
 from retinaray.config.schema import CalibrationConfig, ReadingConfig
 from retinaray.detector.retinanet import RetinaNet
 from retinaray.errors import DatasetError, ImageError, UnreadableFileError
@@ -26,6 +26,7 @@ from retinaray.export.targets import TARGETS, FileKind, Typing, check_file
 from retinaray.inference.manifest import list_sources
 from retinaray.inference.onnx_contract import Precision
 from retinaray.inference.pipeline import ImageSource, load_canvas
+from retinaray.inference.source_reading import make_source_reader
 from retinaray.machine import count_cores
 from retinaray.storage import Storage
 
@@ -169,7 +170,8 @@ def read_calibration(
 def _load_usable(
     sources: list[ImageSource], canvas: tuple[int, int], reading: ReadingConfig
 ) -> Iterator[UInt8[Tensor, "3 H W"]]:
-    read, settings = make_reader(reading), make_read_settings(reading)
+    storage = Storage(endpoint_url=reading.endpoint_url)
+    read, settings = make_source_reader(sources, storage), make_read_settings(reading)
     for source in sources:
         try:
             pixels, _ = load_canvas(source, canvas, read, settings)
