@@ -30,6 +30,9 @@ BEAT_S = 10.0
 STALE_S = 60.0
 """An owner without a sign for so long is taken for dead."""
 
+# Locks that this process holds: what it has given up but could not delete is nobody's.
+_held: set[str] = set()
+
 _LOCK_NAME = re.compile(r"/driver-(\d{6})\.json$")
 
 
@@ -76,7 +79,11 @@ class RunLock:
         finally:
             self._stopped.set()
             beating.join()
-            self.release()
+            try:
+                self.release()
+            except StorageError as error:
+                # What ended the run matters more; the next driver sees that nobody is there.
+                logger.warning("the lock of the run could not be removed: %s", error)
 
     def acquire(self) -> None:
         """Take the run, after at most `STALE_S` seconds for an owner that shows no sign of life.
@@ -93,16 +100,18 @@ class RunLock:
             if self._storage.write_bytes(
                 self._lock(self._number), json.dumps(_myself()).encode(), only_if_absent=True
             ):
+                _held.add(self._lock(self._number))
                 self._remove_before(self._number)
                 return
             # Another driver was faster: it is judged like any owner.
 
     def release(self) -> None:
         """Give the run back; a lock that was lost to another driver stays that driver's."""
-        if self._number:
-            self._storage.delete(self._lock(self._number))
-            self._storage.delete(self._beat_file(self._number))
-            self._number = 0
+        number, self._number = self._number, 0
+        if number:
+            _held.discard(self._lock(number))
+            self._storage.delete(self._lock(number))
+            self._storage.delete(self._beat_file(number))
 
     def check(self) -> None:
         """Refuse to go on when another driver has taken the run.
@@ -136,6 +145,8 @@ class RunLock:
         """Whether an owner is known to be dead, or shows no sign of life while we watch."""
         owner = self._read_owner(number)
         if owner is None or _has_ended_here(owner):
+            return True
+        if owner == _myself() and self._lock(number) not in _held:
             return True
         first = self._read_beat(number)
         wait_until = (first or 0.0) + STALE_S

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from retinaray.errors import ClusterError, ConfigError
+from retinaray.errors import ClusterError, ConfigError, StorageError
 from retinaray.inference.run_lock import STALE_S, RunLock
 from retinaray.storage import Storage
 
@@ -95,6 +95,28 @@ def test_acquire_takes_over_at_once_when_the_owner_was_killed_here(
     make_lock(tmp_path, clock).acquire()
     # The same process number, begun at another time: as after kill -9 and a new process.
     pretend_owner(tmp_path, 1, started="1")
+    make_lock(tmp_path, clock).acquire()
+    assert clock.slept == 0
+
+
+def test_held_hands_on_what_ended_the_run_when_the_lock_cannot_be_removed(
+    tmp_path: Path,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    lock = make_lock(tmp_path, clock)
+
+    def refuse(uri: str) -> None:
+        raise StorageError(f"cannot delete {uri}: the session token has expired")
+
+    monkeypatch.setattr(Storage, "delete", lambda _, uri: refuse(uri))
+    with pytest.raises(ClusterError, match="parts were not finished"), lock.held():
+        raise ClusterError("2 of 4 parts were not finished")
+    assert "could not be removed" in caplog.text
+    monkeypatch.undo()
+    # The lock is still there, and nobody's.
+    assert (tmp_path / "lock" / "driver-000001.json").is_file()
     make_lock(tmp_path, clock).acquire()
     assert clock.slept == 0
 
