@@ -134,8 +134,7 @@ def _make_samples(job: BundleJob, content: bytes, request: FileRequest) -> list[
     signature = read_signature(content, uri=job.output)
     settings = replace(candidate_settings(signature.num_candidates), threads=count_cores())
     predictor = OnnxRuntimePredictor(content, uri=job.output, settings=settings)
-    images = job.gate.images or job.calibration.images
-    canvases = read_canvases(images, job.reading, request.canvas, limit=job.samples)
+    canvases = read_canvases(job, request.canvas, limit=job.samples)
     return [
         _make_sample(predictor, f"sample {number}", canvas)
         for number, canvas in enumerate(canvases, start=1)

@@ -126,9 +126,9 @@ def run_evaluation(job: EvaluateJob) -> EvaluateOutcome:
     categories = load_coco(content, source=job.annotations).categories
     truth = json.loads(content)
     if job.kitti.dump is not None:
-        found = read_kitti_detections(job.kitti, job.reading, truth, categories)
-        _write_detections(job, found)
-        return _score_list(job, truth, found, job.kitti.dump)
+        dumped = read_kitti_detections(job.kitti, job.reading, truth, categories)
+        _write_detections(job, dumped)
+        return _score_list(job, truth, dumped, job.kitti.dump)
     if _name(job).endswith(".json"):
         return _score_file(job, truth)
     predictor, is_apart = _load_predictor(job)
@@ -139,21 +139,21 @@ def run_evaluation(job: EvaluateJob) -> EvaluateOutcome:
             predictor.card.categories.names[:5],
             categories.names[:5],
         )
-    seen = (_detect_twice if is_apart else _detect)(job, predictor, truth)
-    _report_failures(seen.failed, seen.num_images)
-    _write_detections(job, seen.detections)
-    scores = _score(truth, seen.detections, job.annotations)
+    found = (_detect_twice if is_apart else _detect)(job, predictor, truth)
+    _report_failures(found.failed, found.num_images)
+    _write_detections(job, found.detections)
+    scores = _score(truth, found.detections, job.annotations)
     points: tuple[OperatingPoint, ...] = ()
-    if seen.accepted is not None:
+    if found.accepted is not None:
         points = measure_thresholds(
-            predictor.card.categories, predictor.card.score_thresholds, seen.accepted, truth
+            predictor.card.categories, predictor.card.score_thresholds, found.accepted, truth
         )
     return EvaluateOutcome(
         model=_name(job),
         backend=predictor.backend,
         scores=scores,
-        num_errors=len(seen.failed),
-        images_per_s=round(seen.num_images / seen.elapsed_s, 2),
+        num_errors=len(found.failed),
+        images_per_s=round(found.num_images / found.elapsed_s, 2),
         points=points,
     )
 
@@ -163,7 +163,7 @@ def _load_predictor(job: EvaluateJob) -> tuple[Predictor, bool]:
 
     Then it is loaded for raw candidates, down to the lowest threshold that AP wants.
     """
-    content, sidecar = read_model_file(_name(job), job.reading)
+    content, sidecar = read_model_file(_name(job), make_reader(job.reading))
     settings = make_predictor_settings(job.detection, batch=job.batch, threads=count_cores())
     thresholds = read_model_card(content, sidecar, _name(job)).score_thresholds
     is_apart = job.detection.score_threshold is None and max(thresholds) > DEFAULT_THRESHOLD

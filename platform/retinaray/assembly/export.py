@@ -16,16 +16,10 @@ from retinaray.assembly.file_gate import (
     write_checked_file,
 )
 from retinaray.assembly.portable_file import FileRequest, read_fixed_batch_of
-from retinaray.config.schema import (
-    ENGINE_ENDINGS,
-    EngineConfig,
-    ExportJob,
-)
+from retinaray.config.schema import ENGINE_ENDINGS, EngineConfig, ExportJob
 from retinaray.errors import MissingFileError
 from retinaray.evaluation.parity_rows import ParityRow
-from retinaray.export.nvidia_parser import (
-    NvidiaBuild,
-)
+from retinaray.export.nvidia_parser import NvidiaBuild
 from retinaray.export.trt_engine import EngineSettings, build_plan, load_tensorrt, sidecar_uri
 from retinaray.inference.onnx_contract import read_onnx_card
 from retinaray.storage import Storage
@@ -126,7 +120,7 @@ def run_export(job: ExportJob) -> ExportOutcome:
 
 def _write_engine(job: ExportJob, content: bytes, storage: Storage) -> bytes:
     """Build the engine, write what goes beside it, and give it."""
-    settings = make_engine_settings(job.engine, job.batch or DEFAULT_BATCH, storage)
+    settings = _make_engine_settings(job.engine, job.batch or DEFAULT_BATCH, storage)
     files = build_plan(content, uri=job.output, settings=settings)
     storage.write_bytes(sidecar_uri(job.output), files.sidecar)
     if job.engine.timing_cache is not None and files.timing_cache is not None:
@@ -134,7 +128,7 @@ def _write_engine(job: ExportJob, content: bytes, storage: Storage) -> bytes:
     return files.plan
 
 
-def make_engine_settings(
+def _make_engine_settings(
     config: EngineConfig, batch: tuple[int, int, int], storage: Storage
 ) -> EngineSettings:
     """Settings of the builder, with the timing cache read where there is one."""

@@ -19,7 +19,6 @@ from retinaray.assembly.portable_file import FileRequest, write_portable_file
 from retinaray.assembly.reading import make_read_settings
 from retinaray.config.schema import (
     BundleJob,
-    CalibrationConfig,
     ExportJob,
     GateConfig,
     ReadingConfig,
@@ -40,7 +39,7 @@ from retinaray.export.parity_gate import (
 )
 from retinaray.export.sample_canvases import make_test_canvases
 from retinaray.inference.manifest import list_sources
-from retinaray.inference.onnx_contract import read_onnx_card, read_precision
+from retinaray.inference.onnx_contract import read_precision
 from retinaray.inference.onnxruntime_backend import OnnxRuntimePredictor
 from retinaray.inference.pipeline import load_canvas
 from retinaray.inference.predictor import PredictorSettings
@@ -94,54 +93,23 @@ def write_checked_file(
     content = write_portable_file(
         model, card, request, calibration=job.calibration, reading=job.reading
     )
-    row, nvidia = check_content(
-        content,
-        name=job.output,
-        model=model,
-        card=card,
-        gate=job.gate,
-        calibration=job.calibration,
-        reading=job.reading,
-        batch=job.batch or DEFAULT_BATCH,
-    )
+    row = _compare(content, model, card, request, job)
+    nvidia = _ask_nvidia(content, job, canvas=request.canvas)
     return content, row, nvidia
 
 
-def check_content(
+def _compare(
     content: bytes,
-    *,
-    name: str,
     model: RetinaNet,
     card: ModelCard,
-    gate: GateConfig,
-    calibration: CalibrationConfig,
-    reading: ReadingConfig,
-    batch: tuple[int, int, int],
-) -> tuple[ParityRow, NvidiaBuild | None]:
-    """Hold an exported file to its original and to NVIDIA's builder.
-
-    Args:
-        content: The ONNX file.
-        name: What it will be called.
-        model: The original.
-        card: The original's.
-        gate: Images, tolerance and whether NVIDIA's builder is asked.
-        calibration: Its images serve where the gate has none.
-        reading: How images are read.
-        batch: Images per call for the builder.
-
-    Returns:
-        What was found; NVIDIA's part is none where it was not asked.
-
-    Raises:
-        ExportError: If the file differs too much from the original, or the builder refuses it.
-        DatasetError, ImageError, StorageError: If the images cannot be used.
-    """
-    canvas = read_onnx_card(content, uri=name)[0].canvas
+    request: FileRequest,
+    job: ExportJob | BundleJob,
+) -> ParityRow:
+    """Hold an exported file to its original, by ONNX Runtime."""
+    name = job.output
     threads = count_cores()
     torch.set_num_threads(threads)
-    running = make_gate_settings(PredictorSettings(batch=1, threads=threads, canvas=canvas))
-    images = gate.images or calibration.images
+    running = make_gate_settings(PredictorSettings(batch=1, threads=threads, canvas=request.canvas))
     top_k = read_top_k(content)
     case = ParityCase(
         name=name, file=name, backend="onnxruntime", precision=read_precision(content, uri=name)
@@ -152,12 +120,12 @@ def check_content(
             model, card=card, settings=replace(running, precision="fp32"), top_k=top_k or TOP_K
         ),
         GateEntry(case, OnnxRuntimePredictor(content, uri=name, settings=running), top_k),
-        read_canvases(images, reading, canvas),
-        tolerance=_make_tolerance(gate),
+        read_canvases(job, request.canvas),
+        tolerance=_make_tolerance(job.gate),
         reference_top_k=top_k,
     )
-    _refuse_differences(name, row, has_images=images is not None)
-    return row, _ask_nvidia(content, gate.nvidia, batch=batch, canvas=canvas)
+    _refuse_differences(name, row, has_images=_name_images(job) is not None)
+    return row
 
 
 def _make_tolerance(gate: GateConfig) -> ParityTolerance:
@@ -191,25 +159,28 @@ def _refuse_differences(name: str, row: ParityRow, *, has_images: bool) -> None:
 
 
 def _ask_nvidia(
-    content: bytes, wish: str, *, batch: tuple[int, int, int], canvas: tuple[int, int]
+    content: bytes, job: ExportJob | BundleJob, *, canvas: tuple[int, int]
 ) -> NvidiaBuild | None:
+    wish = job.gate.nvidia
     if wish == "skip" or (wish == "auto" and not is_nvidia_parser_available()):
         return None
-    return build_with_nvidia(content, batch=batch, canvas=canvas)
+    return build_with_nvidia(content, batch=job.batch or DEFAULT_BATCH, canvas=canvas)
+
+
+def _name_images(job: ExportJob | BundleJob) -> str | None:
+    """Where the images of the comparison are; those of the calibration serve where it has none."""
+    return job.gate.images or job.calibration.images
 
 
 def read_canvases(
-    images: str | None,
-    reading: ReadingConfig,
-    canvas: tuple[int, int],
-    *,
-    limit: int = _CHECK_IMAGES,
+    job: ExportJob | BundleJob, canvas: tuple[int, int], *, limit: int = _CHECK_IMAGES
 ) -> Iterator[UInt8[Tensor, "3 H W"]]:
     """A few images as network inputs: the first ones there, or pictures of noise and edges.
 
     Raises:
         DatasetError, ImageError, StorageError: If they cannot be used.
     """
+    images, reading = _name_images(job), job.reading
     if images is None:
         yield from make_test_canvases(canvas)
         return

@@ -17,7 +17,7 @@ from retinaray.assembly.reading import make_read_settings, make_reader, read_jso
 from retinaray.config.parity_schema import ParityJob, ToleranceConfig
 from retinaray.data.coco_results import coco_results
 from retinaray.errors import CheckpointError, DatasetError, InferenceError
-from retinaray.evaluation.coco_map import evaluate_detections
+from retinaray.evaluation.coco_map import evaluate_detections, restrict_truth
 from retinaray.evaluation.parity_rows import (
     ParityGroup,
     ParityResult,
@@ -255,13 +255,7 @@ class _Run:
         if self._truth is None:
             return None, None
         seen = {source.image_id for (source, _), _ in gate.detections()}
-        truth = {
-            **self._truth,
-            "images": [image for image in self._truth["images"] if image["id"] in seen],
-            "annotations": [
-                entry for entry in self._truth["annotations"] if entry["image_id"] in seen
-            ],
-        }
+        truth = restrict_truth(self._truth, seen)
 
         def measure(name: str | None) -> float | None:
             found = [

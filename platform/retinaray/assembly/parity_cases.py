@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from retinaray.artifact import ModelCard, model_kind
-from retinaray.errors import CheckpointError, InferenceError, MissingFileError
+from retinaray.assembly.reading import read_model_file
+from retinaray.errors import CheckpointError, InferenceError
 from retinaray.evaluation.parity_rows import CasePrecision, ParityCase, UnrunCase
 from retinaray.export.parity_gate import read_top_k
 from retinaray.inference.onnx_contract import Precision, read_onnx_card, read_precision
@@ -94,7 +95,7 @@ def read_files(
 
 
 def _read_file(uri: str, name: str, read: Callable[[str], bytes]) -> ExportedFile:
-    content = read(uri)
+    content, described = read_model_file(uri, read)
     if model_kind(uri) == "onnx":
         return ExportedFile(
             uri=uri,
@@ -104,10 +105,6 @@ def _read_file(uri: str, name: str, read: Callable[[str], bytes]) -> ExportedFil
             precision=read_precision(content, uri=uri),
             top_k=read_top_k(content),
         )
-    try:
-        described = read(sidecar_uri(uri))
-    except MissingFileError:
-        described = None
     sidecar = read_sidecar(described, uri=uri)
     return ExportedFile(
         uri=uri,

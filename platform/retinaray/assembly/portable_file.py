@@ -16,16 +16,20 @@ from retinaray.artifact import ModelCard
 from retinaray.assembly.reading import make_read_settings
 from retinaray.config.schema import CalibrationConfig, ReadingConfig
 from retinaray.detector.retinanet import RetinaNet
-from retinaray.errors import DatasetError, ImageError, UnreadableFileError
+from retinaray.errors import DatasetError
 from retinaray.export.calibration import CalibrationSettings
 from retinaray.export.mixed_precision import to_fp16
-from retinaray.export.modelopt_route import check_modelopt_target, quantize_with_modelopt
+from retinaray.export.modelopt_route import (
+    ModeloptMethod,
+    check_modelopt_target,
+    quantize_with_modelopt,
+)
 from retinaray.export.onnx_graph import ExportSettings, InputType, export_onnx
 from retinaray.export.quantization import quantize
 from retinaray.export.targets import TARGETS, FileKind, Typing, check_file
 from retinaray.inference.manifest import list_sources
 from retinaray.inference.onnx_contract import Precision
-from retinaray.inference.pipeline import ImageSource, load_canvas
+from retinaray.inference.pipeline import IMAGE_FAULTS, ImageSource, load_canvas
 from retinaray.inference.source_reading import make_source_reader
 from retinaray.machine import count_cores
 from retinaray.storage import Storage
@@ -124,12 +128,12 @@ def _quantize(
     content: bytes, batches: Iterator[UInt8[Tensor, "N 3 H W"]], calibration: CalibrationConfig
 ) -> bytes:
     if calibration.quantizer == "modelopt" and calibration.modelopt_python is not None:
-        method = "max" if calibration.method == "minmax" else "entropy"
+        method: ModeloptMethod = "max" if calibration.method == "minmax" else "entropy"
         return quantize_with_modelopt(
             content,
             batches,
             python=calibration.modelopt_python,
-            method="max" if method == "max" else "entropy",
+            method=method,
         )
     settings = CalibrationSettings(
         method=calibration.method, percentile=calibration.percentile, threads=count_cores()
@@ -175,7 +179,7 @@ def _load_usable(
     for source in sources:
         try:
             pixels, _ = load_canvas(source, canvas, read, settings)
-        except (ImageError, UnreadableFileError) as error:
+        except IMAGE_FAULTS as error:
             logger.warning("calibration goes on without an image: %s", error)
             continue
         yield torch.from_numpy(pixels).permute(2, 0, 1)

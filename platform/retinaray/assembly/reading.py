@@ -49,13 +49,16 @@ def make_predictor_settings(
     )
 
 
-def read_model_file(uri: str, reading: ReadingConfig) -> tuple[bytes, bytes | None]:
+def read_model_file(uri: str, read: Callable[[str], bytes]) -> tuple[bytes, bytes | None]:
     """A model file, and the description beside it if it is an engine that has one.
+
+    Args:
+        uri: The file.
+        read: Gives the bytes at a URI.
 
     Raises:
         StorageError: If it cannot be read.
     """
-    read = make_reader(reading)
     content = read(uri)
     if model_kind(uri) != "plan":
         return content, None

@@ -10,6 +10,7 @@ from retinaray.assembly.reading import make_predictor_settings, make_read_settin
 from retinaray.assembly.run_pictures import PictureSettings, RunPictures
 from retinaray.config.schema import InferJob, SelectionConfig
 from retinaray.data.image_decoding import decode_image
+from retinaray.evaluation.coco_map import restrict_truth
 from retinaray.inference.manifest import source_root
 from retinaray.inference.output_formats import OutputSettings, read_output_name
 from retinaray.inference.pipeline import ImageResult, ImageSource, detect_images, load_canvas
@@ -56,11 +57,7 @@ def list_truth(job: InferJob, files: RunFiles, num_parts: int, truth: Any) -> An
     if job.select == SelectionConfig():
         return truth
     taken = {row["image_id"] for row in (*files.read_rows(num_parts), *files.list_errors())}
-    return {
-        **truth,
-        "images": [image for image in truth["images"] if image["id"] in taken],
-        "annotations": [box for box in truth["annotations"] if box["image_id"] in taken],
-    }
+    return restrict_truth(truth, taken)
 
 
 def make_output(job: InferJob, record: Mapping[str, Any]) -> OutputSettings:

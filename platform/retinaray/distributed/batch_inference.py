@@ -68,7 +68,7 @@ def run_inference(job: InferJob) -> InferOutcome:
     output = read_output_name(job.output, job.write.format)
     files = RunFiles(output.root, storage, OutputSettings(format=job.write.format))
     truth = read_json(job.annotations, job.reading) if job.annotations else None
-    content, sidecar = read_model_file(job.model, job.reading)
+    content, sidecar = read_model_file(job.model, storage.read_bytes)
     card = _read_card(content, sidecar, job)
     with RunLock(files.root, storage).held() as lock:
         record = _open_run(job, files, truth, choice, hash_content(content), card)

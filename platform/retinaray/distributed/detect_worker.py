@@ -73,7 +73,7 @@ class DetectWorker:
         self._files = RunFiles(root, self._storage, output)
         self._draw_limit = draw_limit
         self._done = done
-        content, sidecar = read_model_file(settings.model, settings.reading)
+        content, sidecar = read_model_file(settings.model, self._storage.read_bytes)
         self._predictor, _ = load_predictor(
             content,
             uri=settings.model,

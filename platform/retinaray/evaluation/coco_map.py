@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -83,6 +83,27 @@ class CocoScores:
             "num_images": self.num_images,
             "num_detections": self.num_detections,
         }
+
+
+def restrict_truth(
+    ground_truth: Mapping[str, Any], image_ids: Container[int | str]
+) -> dict[str, Any]:
+    """The ground truth of some of its images.
+
+    Args:
+        ground_truth: A COCO file's content.
+        image_ids: Images to keep, with their boxes.
+
+    Returns:
+        A copy without the other images; everything else is the same.
+    """
+    return {
+        **ground_truth,
+        "images": [image for image in ground_truth["images"] if image["id"] in image_ids],
+        "annotations": [
+            entry for entry in ground_truth["annotations"] if entry["image_id"] in image_ids
+        ],
+    }
 
 
 def evaluate_detections(
