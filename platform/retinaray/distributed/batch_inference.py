@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 _NO_PROGRESS_TIMEOUT_S = 900
 # Settings that do not change the result: a run may be resumed with others.
-_FREE_SETTINGS = ("workers", "overwrite", "output", "reading.threads", "write.compression")
+_FREE_SETTINGS = ("workers", "batch", "overwrite", "output", "reading.threads", "write.compression")
 
 
 def run_inference(job: InferJob) -> InferOutcome:
