@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,8 +20,10 @@ from torch import Tensor
 from retinaray.data.coco import CategoryTable
 from retinaray.detector.anchors import AnchorSpec
 from retinaray.detector.postprocess import NMS_KINDS, NmsKind
-from retinaray.detector.retinanet import RetinaNet
 from retinaray.errors import CheckpointError, DatasetError
+
+if TYPE_CHECKING:
+    from retinaray.detector.retinanet import RetinaNet
 
 WEIGHTS_FORMAT = "retinaray-weights-1"
 METADATA_PREFIX = "retinaray."
@@ -77,6 +79,9 @@ class ModelCard:
 
     def build_model(self) -> RetinaNet:
         """A network of this architecture with fresh weights."""
+        # Its backbone imports torchvision, which takes seconds; exported files do without.
+        from retinaray.detector.retinanet import RetinaNet
+
         return RetinaNet(
             backbone=self.architecture.backbone,
             num_classes=len(self.categories),

@@ -110,7 +110,7 @@ VERBS: dict[str, Verb] = {
         "hand a model to a Jetson, DeepStream or Triton, with a self-test",
     ),
     "infer": Verb(
-        "retinaray.config.inference_schema:InferJob",
+        "retinaray.config.batch_schema:InferJob",
         "retinaray.distributed.batch_inference:run_inference",
         "run a model over very many images with Ray Data",
     ),

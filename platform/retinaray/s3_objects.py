@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -17,17 +18,26 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 from retinaray.errors import MissingFileError, StorageError, UnreadableFileError
-from retinaray.s3_failures import SERVER_ADVICE, explain_s3_failures
+from retinaray.s3_failures import (
+    SERVER_ADVICE,
+    expect_plain_endpoint,
+    explain_s3_failures,
+    find_secret,
+    hide_secret,
+)
 
 logger = logging.getLogger(__name__)
 
 # Parts of one size (some servers demand it); S3 allows 10,000 of them, so 312 GiB per object.
 PART_BYTES = 32 * 2**20
 _WRITER_TAG = "retinaray-writer"
+_ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
 _CLIENT_ENVIRONMENT = (
     *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"),
-    *("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"),
+    *("AWS_REGION", "AWS_DEFAULT_REGION", *_ENDPOINT_VARIABLES),
+    *("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"),
 )
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _clients: dict[tuple[object, ...], Any] = {}
 _client_locks: dict[int, threading.Lock] = {}
 
@@ -36,8 +46,19 @@ def split_s3_uri(uri: str) -> tuple[str, str]:
     """Take `s3://bucket/key` apart; the key is literal and may be empty.
 
     Raises:
-        StorageError: If the scheme or the bucket is missing.
+        StorageError: If the scheme or the bucket is missing, the name is no text, or a secret
+            stands in it.
     """
+    secret = find_secret(uri)
+    if secret:
+        raise UnreadableFileError(
+            f"expected s3://bucket/key, got {hide_secret(uri)!r} with {secret}; take it out: "
+            "credentials come from AWS_ACCESS_KEY_ID, the profile or the instance role"
+        )
+    if not uri.isascii() and _SURROGATE.search(uri):
+        raise UnreadableFileError(
+            f"expected s3://bucket/key, got {uri!r}, which is no valid Unicode; correct the name"
+        )
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     if not uri.startswith("s3://") or not bucket:
         raise UnreadableFileError(f"expected s3://bucket/key, got {uri!r}; write the bucket's name")
@@ -70,7 +91,7 @@ class S3Objects:
 
     def open_reader(
         self, uri: str, *, start: int = 0, num_bytes: int | None = None
-    ) -> io.RawIOBase:
+    ) -> _ObjectReader:
         """Open an object, or at most so many bytes of it; see `Storage.open_reader`."""
         return _ObjectReader(self, uri, start, num_bytes)
 
@@ -222,6 +243,11 @@ class _ObjectReader(io.RawIOBase):
             self._drop_body(reason or "the server ended its answer early")
         raise StorageError(f"cannot read {self._uri}: {reason}; {SERVER_ADVICE}")
 
+    @property
+    def size(self) -> int:
+        """Bytes from the object's start to the end of what is read."""
+        return int(self._size)
+
     def readable(self) -> bool:
         return True
 
@@ -333,9 +359,10 @@ def _new_client(objects: S3Objects) -> Any:
     from botocore.config import Config
 
     options: dict[str, Any] = {}
-    if objects.endpoint_url or any(
-        map(os.environ.get, ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"))
-    ):
+    named = {name: os.environ.get(name, "") for name in _ENDPOINT_VARIABLES}
+    for name, endpoint in named.items():
+        expect_plain_endpoint(endpoint, name)
+    if objects.endpoint_url or any(named.values()):
         # Servers other than AWS often have no DNS name per bucket and reject trailing checksums.
         options["s3"] = {"addressing_style": "path"}
         if "AWS_REQUEST_CHECKSUM_CALCULATION" not in os.environ:

@@ -8,25 +8,32 @@ the standard AWS sources (environment, profile, instance role).
 
 from __future__ import annotations
 
-import errno
 import io
 import os
-import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
-from urllib.parse import quote, unquote_to_bytes
+from typing import BinaryIO, NamedTuple
+from urllib.parse import quote
 
-from retinaray.errors import MissingFileError, StorageError, UnreadableFileError
-from retinaray.local_listing import TEMP_PREFIX, TEMP_SUFFIX, walk_names
+from retinaray.errors import MissingFileError, UnreadableFileError
+from retinaray.local_files import (
+    LocalFile,
+    explained_local,
+    local_path,
+    open_local_writer,
+    write_local,
+)
+from retinaray.local_listing import walk_names
+from retinaray.s3_failures import expect_plain_endpoint, find_secret, hide_secret
 from retinaray.s3_objects import S3Objects, split_s3_uri
 
 __all__ = [
     "FileEntry",
     "MissingFileError",
     "Storage",
+    "find_secret",
+    "hide_secret",
     "is_s3",
     "join_uri",
     "local_path",
@@ -34,8 +41,6 @@ __all__ = [
 ]
 
 _READ_BYTES = 2**20
-# The name itself is the fault: no later attempt can succeed.
-_NAME_FAULTS = frozenset([errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL])
 
 
 class FileEntry(NamedTuple):
@@ -69,27 +74,6 @@ def join_uri(base: str, *parts: str) -> str:
     return base
 
 
-def local_path(uri: str) -> Path:
-    """Give the path behind a local URI.
-
-    Raises:
-        StorageError: If the URI has another scheme, or `file://` without an absolute path.
-    """
-    if uri.startswith("file://"):
-        path = os.fsdecode(unquote_to_bytes(uri.removeprefix("file://").removeprefix("localhost")))
-        if not path.startswith("/"):
-            raise UnreadableFileError(
-                f"expected file:///absolute/path, got {uri!r}; write three slashes"
-            )
-        return Path(path)
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|s3:/", uri) or not uri:
-        raise UnreadableFileError(
-            f"expected a local path, file:///path or s3://bucket/key, got {uri!r}; "
-            "copy the data to one of these, or correct the URI"
-        )
-    return Path(uri)
-
-
 @dataclass(frozen=True)
 class Storage:
     """Reads and writes whole files by URI; safe to pickle and to share between threads.
@@ -102,6 +86,9 @@ class Storage:
         connect_timeout_s: Limit for opening one connection.
         read_timeout_s: Longest silence of the server during one answer.
         max_attempts: Tries per request, with growing pauses between them; at least 1.
+
+    Raises:
+        ConfigError: If a secret stands in the endpoint: runs record it.
     """
 
     endpoint_url: str | None = None
@@ -109,18 +96,30 @@ class Storage:
     read_timeout_s: float = 60.0
     max_attempts: int = 5
 
-    def read_bytes(self, uri: str) -> bytes:
+    def __post_init__(self) -> None:
+        expect_plain_endpoint(self.endpoint_url or "", "endpoint_url")
+
+    def read_bytes(self, uri: str, *, max_bytes: int | None = None) -> bytes:
         """Read a whole file.
+
+        Args:
+            uri: The file.
+            max_bytes: A longer one is refused before its content is read; none = of any length.
 
         Raises:
             MissingFileError: If it is not there.
+            UnreadableFileError: If it is longer than that.
             StorageError: If it cannot be read.
         """
         if is_s3(uri):
             with self._s3.open_reader(uri) as reader:
+                _refuse_long(uri, reader.size, max_bytes)
                 return reader.readall()
-        with _explained_local(uri, "read"):
-            return local_path(uri).read_bytes()
+        with explained_local(uri, "read"):
+            path = local_path(uri)
+            if max_bytes is not None:
+                _refuse_long(uri, path.stat().st_size, max_bytes)
+            return path.read_bytes()
 
     def read_range(self, uri: str, start: int, num_bytes: int) -> bytes:
         """Read some bytes of a file, without the rest of it.
@@ -143,7 +142,7 @@ class Storage:
             with self._s3.open_reader(uri, start=start, num_bytes=num_bytes) as reader:
                 data = reader.readall()
         else:
-            with _explained_local(uri, "read"), local_path(uri).open("rb", buffering=0) as file:
+            with explained_local(uri, "read"), local_path(uri).open("rb", buffering=0) as file:
                 file.seek(start)
                 data = file.read(num_bytes)
         if len(data) < num_bytes:
@@ -169,7 +168,7 @@ class Storage:
         """
         if is_s3(uri):
             return self._s3.put(uri, data, only_if_absent=only_if_absent)
-        return _write_local(uri, data, only_if_absent=only_if_absent)
+        return write_local(uri, data, only_if_absent=only_if_absent)
 
     def exists(self, uri: str) -> bool:
         """Say whether a file is there; False for a folder.
@@ -192,7 +191,7 @@ class Storage:
         """
         if is_s3(uri):
             return self._s3.size(uri)
-        with _explained_local(uri, "look at"):
+        with explained_local(uri, "look at"):
             path = local_path(uri)
             size = path.stat().st_size
             if not path.is_file():
@@ -213,7 +212,7 @@ class Storage:
         if is_s3(uri):
             yield from (found for found, _, _ in self._s3.list_entries(uri))
             return
-        with _explained_local(uri, "list"):
+        with explained_local(uri, "list"):
             path = local_path(uri)
             if path.is_file():
                 yield uri
@@ -233,7 +232,7 @@ class Storage:
             yield from map(FileEntry._make, self._s3.list_entries(uri))
             return
         for found in self.list_files(uri):
-            with _explained_local(found, "look at"):
+            with explained_local(found, "look at"):
                 path = local_path(found)
                 try:
                     status = path.stat()
@@ -252,7 +251,7 @@ class Storage:
         Raises:
             StorageError: If it cannot be written.
         """
-        return self._s3.open_writer(uri) if is_s3(uri) else _open_local_writer(uri)
+        return self._s3.open_writer(uri) if is_s3(uri) else open_local_writer(uri)
 
     @contextmanager
     def open_reader(self, uri: str) -> Iterator[BinaryIO]:
@@ -266,8 +265,8 @@ class Storage:
         if is_s3(uri):
             raw = self._s3.open_reader(uri)
         else:
-            with _explained_local(uri, "read"):
-                raw = _LocalFile(local_path(uri), "rb", uri=uri)
+            with explained_local(uri, "read"):
+                raw = LocalFile(local_path(uri), "rb", uri=uri)
         with io.BufferedReader(raw, _READ_BYTES) as reader:
             yield reader
 
@@ -278,7 +277,7 @@ class Storage:
             StorageError: If it cannot be removed.
         """
         if not is_s3(uri):
-            with _explained_local(uri, "delete"):
+            with explained_local(uri, "delete"):
                 local_path(uri).unlink(missing_ok=True)
             return
         self._s3.delete(uri)
@@ -290,92 +289,9 @@ class Storage:
         )
 
 
-class _LocalFile(io.FileIO):
-    """A plain file whose failures, such as a full disk, are StorageErrors."""
-
-    def __init__(self, path: Path, mode: str, *, uri: str) -> None:
-        super().__init__(path, mode)
-        self._uri = uri
-
-    def readinto(self, buffer: Any, /) -> int:
-        with _explained_local(self._uri, "read"):
-            return super().readinto(buffer)
-
-    def write(self, data: Any, /) -> int:
-        with _explained_local(self._uri, "write"):
-            return super().write(data)
-
-
-def _new_temporary(target: Path) -> Path:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return target.parent / f"{TEMP_PREFIX}{os.urandom(16).hex()}{TEMP_SUFFIX}"
-
-
-def _write_local(uri: str, data: bytes, *, only_if_absent: bool) -> bool:
-    target = local_path(uri)
-    with _explained_local(uri, "write"):
-        if only_if_absent and target.exists():
-            return False
-        temporary = _new_temporary(target)
-        try:
-            temporary.write_bytes(data)
-            _sync(temporary)
-            if only_if_absent:
-                # Unlike a rename, a hard link never replaces what another writer put there.
-                os.link(temporary, target)
-            else:
-                temporary.replace(target)
-        except FileExistsError:
-            return False
-        finally:
-            temporary.unlink(missing_ok=True)
-    return True
-
-
-@contextmanager
-def _open_local_writer(uri: str) -> Iterator[BinaryIO]:
-    with _explained_local(uri, "write"):
-        target = local_path(uri)
-        temporary = _new_temporary(target)
-        raw = _LocalFile(temporary, "xb", uri=uri)
-    try:
-        with io.BufferedWriter(raw) as writer:
-            yield writer
-        with _explained_local(uri, "write"):
-            _sync(temporary)
-            temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Force a file's content to the disk, so that the rename that follows never beats it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _explained_local(uri: str, verb: str) -> Iterator[None]:
-    try:
-        yield
-    except (FileNotFoundError, NotADirectoryError) as error:
-        if verb == "write":
-            raise StorageError(
-                f"cannot write {uri}: {error.strerror}; check that its folder can be a folder"
-            ) from error
-        raise MissingFileError(f"cannot {verb} {uri}: no such file; check the path") from error
-    except PermissionError as error:
+def _refuse_long(uri: str, num_bytes: int, max_bytes: int | None) -> None:
+    if max_bytes is not None and num_bytes > max_bytes:
         raise UnreadableFileError(
-            f"cannot {verb} {uri}: access denied; check owner and mode of the file and its folders"
-        ) from error
-    except IsADirectoryError as error:
-        raise UnreadableFileError(f"cannot {verb} {uri}: it is a folder; name a file") from error
-    except OSError as error:
-        is_name = error.errno in _NAME_FAULTS
-        raise (UnreadableFileError if is_name else StorageError)(
-            f"cannot {verb} {uri}: {error.strerror}; check the disk's space and health, or choose "
-            "another place"
-        ) from error
+            f"{uri} has {num_bytes} bytes, expected at most {max_bytes}; raise the limit if it is "
+            "what it should be"
+        )

@@ -264,6 +264,16 @@ def test_run_inference_reads_tars_and_writes_what_was_asked_for(
     assert any((run / "crops").iterdir())
 
 
+def test_run_inference_gives_the_same_bytes_when_others_decode(
+    alone: InferOutcome, make_infer_job: MakeJob, tmp_path: Path
+) -> None:
+    outcome = run_inference(make_infer_job(tmp_path / "run", decoding__num_cpus=1))
+    _assert_same_bytes(tmp_path / "run", alone.run)
+    # What the worker itself would have counted.
+    assert outcome.summary["stage_s"]["decode"] == 0
+    assert alone.summary["stage_s"]["decode"] > 0
+
+
 def test_run_inference_gives_the_same_bytes_when_images_are_one_tile_each(
     alone: InferOutcome, make_infer_job: MakeJob, tmp_path: Path
 ) -> None:
@@ -347,7 +357,7 @@ def test_run_inference_refuses_other_settings_on_the_same_output(
 ) -> None:
     with pytest.raises(
         ConfigError,
-        match=r"batch: 2 -> 5; detection\.score_threshold: 0\.0 -> 0\.25\..*--overwrite",
+        match=r"settings: detection\.score_threshold: 0\.0 -> 0\.25\..*--overwrite",
     ):
         run_inference(make_infer_job(finished, batch=5, detection__score_threshold=0.25))
 

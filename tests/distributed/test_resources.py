@@ -103,7 +103,7 @@ def test_plan_inference_leaves_half_a_processor_free(
 @pytest.mark.parametrize(
     ("num_workers", "cluster", "message"),
     [
-        pytest.param(5, GPU_BOX, "workers=5 needs 5 GPUs, the cluster has 4", id="GPUs"),
+        pytest.param(5, GPU_BOX, "workers=5 of 1 GPUs each do not fit on the 4 GPUs", id="GPUs"),
         pytest.param(101, LAPTOP, "workers=101 is too many for 2 CPUs", id="CPUs"),
     ],
 )
@@ -112,6 +112,26 @@ def test_plan_inference_refuses_when_cluster_is_too_small(
 ) -> None:
     with pytest.raises(ClusterError, match=message):
         plan_inference(num_workers, 1000, cluster)
+
+
+@pytest.mark.parametrize(
+    ("share", "num_workers", "num_gpus"), [(1.0, 4, 1.0), (0.5, 8, 0.5), (0.33, 12, 0.3333)]
+)
+def test_plan_inference_fills_every_gpu(share: float, num_workers: int, num_gpus: float) -> None:
+    plan = plan_inference(None, 1000, GPU_BOX, gpus_per_worker=share)
+    assert (plan.num_workers, plan.num_gpus) == (num_workers, num_gpus)
+    # The engines of one GPU must fit on it as Ray counts.
+    assert num_workers // 4 * num_gpus <= 1
+
+
+def test_plan_inference_leaves_the_decoders_their_processors() -> None:
+    plan = plan_inference(None, 1000, GPU_BOX, decode_cpus=14)
+    # 16 - 14 - 1 for Ray Data is one processor for four workers.
+    assert (plan.num_workers, plan.num_cpus) == (4, 0.25)
+    with pytest.raises(ClusterError, match="num_cpus=16 leaves none of 16 CPUs"):
+        plan_inference(None, 1000, GPU_BOX, decode_cpus=16)
+    with pytest.raises(ClusterError, match=r"workers=9 of 0\.5 GPUs each do not fit on the 4"):
+        plan_inference(9, 1000, GPU_BOX, gpus_per_worker=0.5)
 
 
 @pytest.mark.local_ray

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from retinaray import s3_objects
-from retinaray.errors import StorageError
+from retinaray.errors import StorageError, UnreadableFileError
 from retinaray.storage import (
     MissingFileError,
     Storage,
@@ -422,3 +422,11 @@ def test_import_of_storage_loads_no_s3_library() -> None:
     )
     output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True).stdout
     assert output.strip() == b"set()"
+
+
+def test_read_bytes_refuses_a_long_file_before_it_is_read(place: str) -> None:
+    uri = f"{place}/file"
+    Storage().write_bytes(uri, b"0123456789")
+    assert Storage().read_bytes(uri, max_bytes=10) == b"0123456789"
+    with pytest.raises(UnreadableFileError, match="has 10 bytes, expected at most 9"):
+        Storage().read_bytes(uri, max_bytes=9)

@@ -27,6 +27,9 @@ def make_read_settings(reading: ReadingConfig) -> ReadSettings:
         threads=reading.threads,
         max_pixels=reading.max_pixels,
         allow_truncated=reading.allow_truncated,
+        max_bytes=reading.max_file_bytes,
+        max_seconds=reading.max_seconds,
+        decode_bytes=reading.decode_memory_mib << 20,
     )
 
 

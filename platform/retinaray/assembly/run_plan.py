@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 from retinaray.artifact import ModelCard
@@ -11,14 +13,17 @@ from retinaray.assembly.run_pictures import PictureSettings, RunPictures
 from retinaray.config.schema import InferJob, SelectionConfig
 from retinaray.data.image_decoding import decode_image
 from retinaray.evaluation.coco_map import restrict_truth
+from retinaray.inference.canvas_loading import CanvasLoader, fetch_file
 from retinaray.inference.manifest import source_root
 from retinaray.inference.output_formats import OutputSettings, read_output_name
-from retinaray.inference.pipeline import ImageResult, ImageSource, detect_images, load_canvas
+from retinaray.inference.pipeline import ImageResult, ImageSource, detect_images
 from retinaray.inference.predictor import Predictor, PredictorSettings
 from retinaray.inference.run_files import RunFiles
 from retinaray.inference.source_filters import SourceChoice, parse_moment
+from retinaray.inference.stage_times import StageClock
 from retinaray.inference.tiled_pipeline import detect_tiled
 from retinaray.inference.tiling import TileSettings, make_tile_predictor_settings
+from retinaray.inference.watched_threads import Watch, WatchedThreads
 
 _DRAW_SEED = 0
 # A photo that is worth tiling holds more objects than a card's 100.
@@ -102,14 +107,49 @@ def detect_part(
     job: InferJob,
     *,
     read: Callable[[str], bytes],
+    loader: CanvasLoader | None = None,
+    ahead: int = 0,
+    clock: StageClock | None = None,
 ) -> Iterator[ImageResult]:
-    """Detect in the images of a part, cut or whole as the job says."""
+    """Detect in the images of a part, cut or whole as the job says.
+
+    Args:
+        predictor: The model.
+        sources: The images.
+        job: The job.
+        read: Gives the bytes at a URI; raises StorageError.
+        loader: Makes the canvases of whole images in place of threads of this process; of no use
+            to tiles, which are cut from the pixels of the image.
+        ahead: Images that are asked of it ahead, if that is more than three batches.
+        clock: Counts where the time goes.
+
+    Raises:
+        StorageError: If the store fails for other reasons than one file; while results are taken.
+        InferenceError: If too many threads hang in decoding; likewise.
+    """
     settings = make_read_settings(job.reading)
+    if loader is not None:
+        # As many as there would be threads.
+        settings = replace(settings, threads=max(1, ahead))
     tiling = make_tiling(job, predictor.card)
     if tiling is None:
-        return detect_images(predictor, sources, read=read, batch=job.batch, settings=settings)
+        return detect_images(
+            predictor,
+            sources,
+            read=read,
+            batch=job.batch,
+            settings=settings,
+            loader=loader,
+            clock=clock,
+        )
     return detect_tiled(
-        predictor, sources, read=read, batch=job.batch, settings=settings, tiling=tiling
+        predictor,
+        sources,
+        read=read,
+        batch=job.batch,
+        settings=settings,
+        tiling=tiling,
+        clock=clock,
     )
 
 
@@ -120,15 +160,27 @@ def load_as_used(
 
     Raises:
         ImageError, StorageError: If it cannot be read or decoded.
+        InferenceError: If too many threads hang in decoding.
     """
-    if job.tiling.tile is None:
-        load_canvas(source, canvas, read, make_read_settings(job.reading))
-        return
-    decode_image(
-        read(source.uri),
-        max_pixels=job.reading.max_pixels,
-        allow_truncated=job.reading.allow_truncated,
+    settings = make_read_settings(job.reading)
+    content = fetch_file(source, read, max_bytes=settings.max_bytes)
+    fit_height, fit_width = canvas if job.tiling.tile is None else (None, None)
+
+    def decode(watch: Watch) -> None:
+        with watch.limited(lambda: None):
+            decode_image(
+                content,
+                fit_height=fit_height,
+                fit_width=fit_width,
+                max_pixels=settings.max_pixels,
+                allow_truncated=settings.allow_truncated,
+            )
+
+    threads = WatchedThreads(
+        1, name="probe", max_seconds=settings.max_seconds, max_hung=settings.max_hung
     )
+    with closing(threads):
+        threads.submit(decode).result()
 
 
 def make_pictures(

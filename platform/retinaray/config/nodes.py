@@ -115,6 +115,12 @@ class ReadingConfig(Config):
     """S3 endpoint other than AWS; none = AWS_ENDPOINT_URL, else AWS."""
     max_pixels: Annotated[int, Field(ge=1), Flag("--max-pixels", unit="pixels")] = 178_956_970
     """Refuse a file that claims more pixels than this, before it is decoded."""
+    max_file_bytes: Annotated[int, Field(ge=1), Flag("--max-file-bytes", unit="bytes")] = 1 << 29
+    """Refuse a longer file, before it is read."""
+    max_seconds: Annotated[float, Field(gt=0), Flag("--max-decode-seconds", unit="s")] = 60.0
+    """Give an image up that takes longer to decode."""
+    decode_memory_mib: Annotated[int, Field(ge=1), Flag("--decode-memory", unit="MiB")] = 1024
+    """What decoding may take in all threads of a part together; a larger image is decoded alone."""
     allow_truncated: Annotated[bool, Flag("--allow-truncated")] = False
     """Accept JPEG files that end early (the missing part is grey)."""
     threads: Annotated[int, Field(ge=1, le=256), Flag("--read-threads", unit="threads")] = 8

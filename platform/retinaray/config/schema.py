@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from retinaray.config.batch_schema import (
+    DecodingConfig,
+    InferJob,
+    SelectionConfig,
+    TilingConfig,
+    WriteConfig,
+)
 from retinaray.config.export_schema import (
     ENGINE_ENDINGS,
     BundleJob,
@@ -15,12 +22,8 @@ from retinaray.config.inference_schema import (
     DetectionConfig,
     DoctorJob,
     EvaluateJob,
-    InferJob,
     KittiConfig,
-    SelectionConfig,
     ThresholdsJob,
-    TilingConfig,
-    WriteConfig,
 )
 from retinaray.config.nodes import (
     BackboneName,
@@ -55,6 +58,7 @@ __all__ = [
     "BundleJob",
     "CalibrationConfig",
     "Config",
+    "DecodingConfig",
     "DemoJob",
     "DetectionConfig",
     "DoctorJob",

@@ -46,15 +46,16 @@ DEFAULT_MAX_PIXELS = 178_956_970
 """Largest accepted height x width: 0.5 GB of RGB, and where Pillow too refuses by default."""
 
 _ORIENTATION_TAG, _BITS_TAG, _PHOTOMETRIC_TAG = 0x0112, 0x0102, 0x0106
-_TURN_BY_ORIENTATION = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+_TURN_BY_ORIENTATION: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, 3),
+    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
+    8: lambda pixels: np.rot90(pixels),
 }
+_BAND_PIXELS = 1 << 18  # Pillow's way to an array makes copies: of so many pixels at a time
 _WARNINGS_LOCK = threading.Lock()
 
 RgbPixels = UInt8[np.ndarray, "height width 3"]
@@ -74,7 +75,7 @@ class DecodedImage:
 
 
 @dataclass(frozen=True)
-class _Header:
+class ImageHeader:
     """What is known before any pixel is decoded; height and width as stored, not yet upright."""
 
     file_format: str
@@ -84,8 +85,8 @@ class _Header:
     open_image: Callable[[], ImageFile.ImageFile]
 
     def upright_size(self) -> tuple[int, int]:
-        is_sideways = self.orientation >= 5
-        return (self.width, self.height) if is_sideways else (self.height, self.width)
+        """Height and width after EXIF orientation."""
+        return (self.width, self.height) if self.orientation >= 5 else (self.height, self.width)
 
 
 def read_image_size(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, int]:
@@ -102,7 +103,7 @@ def read_image_size(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> tup
         ImageError: If the format is not supported, the header is damaged or the image is too large.
         ValueError: If max_pixels is not positive.
     """
-    return _read_header(data, max_pixels).upright_size()
+    return read_header(data, max_pixels).upright_size()
 
 
 def decode_image(
@@ -136,9 +137,9 @@ def decode_image(
         raise ValueError(f"fit size must be positive or None, got {fit_height} x {fit_width}")
     if allow_truncated and data.startswith(b"\xff\xd8"):
         data += b"\xff\xd9"  # an end marker, because Pillow's own switch is global to all threads
-    header = _read_header(data, max_pixels)
+    header = read_header(data, max_pixels)
     full_height, full_width = header.upright_size()
-    divisor = _dct_divisor(full_height, full_width, fit_height, fit_width)
+    divisor = choose_dct_divisor(full_height, full_width, fit_height, fit_width)
     with _library_errors(f"decode {header.file_format} of {full_width}x{full_height} pixels"):
         pixels = _decode_plain_jpeg(data, header, divisor)
         if pixels is None:
@@ -146,7 +147,7 @@ def decode_image(
     return DecodedImage(pixels, full_height, full_width)
 
 
-def _decode_plain_jpeg(data: bytes, header: _Header, divisor: int) -> RgbPixels | None:
+def _decode_plain_jpeg(data: bytes, header: ImageHeader, divisor: int) -> RgbPixels | None:
     """Decode an undamaged gray or colour JPEG; None for any other file."""
     if header.file_format != "JPEG" or header.open_image().mode == "CMYK":
         return None
@@ -157,12 +158,10 @@ def _decode_plain_jpeg(data: bytes, header: _Header, divisor: int) -> RgbPixels 
         pixels: RgbPixels = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
     except ValueError:  # stricter than Pillow, which decides and words the reason
         return None
-    if header.orientation == 1:
-        return pixels
-    return np.array(_turn_upright(Image.fromarray(pixels), header.orientation))
+    return _turn_upright(pixels, header.orientation)
 
 
-def _decode_with_pillow(header: _Header, divisor: int) -> RgbPixels:
+def _decode_with_pillow(header: ImageHeader, divisor: int) -> RgbPixels:
     image = header.open_image()
     if image.size != (header.width, header.height):  # else the limit was held against another size
         raise ImageError(f"two sizes, {header.width}x{header.height} and {image.size}")
@@ -172,20 +171,25 @@ def _decode_with_pillow(header: _Header, divisor: int) -> RgbPixels:
     # The TIFF plugin alone warns of large images while loading.
     with _silenced_warnings() if is_large and header.file_format == "TIFF" else nullcontext():
         image.load()
-    return np.array(_turn_upright(_convert_to_rgb(image), header.orientation))
+    return _turn_upright(_gather_rgb(image), header.orientation)
 
 
-def _turn_upright(image: Image.Image, orientation: int) -> Image.Image:
+def _turn_upright(pixels: RgbPixels, orientation: int) -> RgbPixels:
     turn = _TURN_BY_ORIENTATION.get(orientation)
-    return image if turn is None else image.transpose(turn)
+    return pixels if turn is None else np.ascontiguousarray(turn(pixels))
 
 
-def _convert_to_rgb(image: Image.Image) -> Image.Image:
+def _gather_rgb(image: Image.Image) -> RgbPixels:
     if image.mode == "F":
         raise ImageError("float pixels have no defined white: use 8 or 16 bits")
     if image.mode.startswith("I"):
         image = Image.fromarray(_top_bits(image))
-    return image.convert("RGB")
+    pixels = np.empty((image.height, image.width, 3), dtype=np.uint8)
+    num_rows = max(1, _BAND_PIXELS // image.width)
+    for top in range(0, image.height, num_rows):
+        band = image.crop((0, top, image.width, min(top + num_rows, image.height)))
+        pixels[top : top + num_rows] = np.asarray(band.convert("RGB"))
+    return pixels
 
 
 def _top_bits(image: Image.Image) -> UInt8[np.ndarray, "height width"]:
@@ -202,7 +206,9 @@ def _top_bits(image: Image.Image) -> UInt8[np.ndarray, "height width"]:
     return 255 - gray if is_white_zero else gray
 
 
-def _dct_divisor(height: int, width: int, fit_height: int | None, fit_width: int | None) -> int:
+def choose_dct_divisor(
+    height: int, width: int, fit_height: int | None, fit_width: int | None
+) -> int:
     """Largest of 8, 4, 2, 1 that leaves both sides at least twice the fitted size, rounded up."""
     fitted_height, fitted_width = height, width
     if fit_width is not None and fit_width < fitted_width:
@@ -213,7 +219,8 @@ def _dct_divisor(height: int, width: int, fit_height: int | None, fit_width: int
     return next((divisor for divisor in (8, 4, 2) if divisor <= most), 1)
 
 
-def _read_header(data: bytes, max_pixels: int) -> _Header:
+def read_header(data: bytes, max_pixels: int) -> ImageHeader:
+    """Read the header; arguments and errors as of `read_image_size`."""
     if max_pixels < 1:
         raise ValueError(f"max_pixels must be positive, got {max_pixels}")
     matches = (name for name, (magic, _) in _FORMATS.items() if re.match(magic, data, re.DOTALL))
@@ -242,13 +249,13 @@ class _Jpeg(JpegImageFile):
         """Skip Pillow's EXIF parser: it warns of damaged blocks, for an unneeded resolution."""
 
 
-def _read_jpeg(data: bytes) -> _Header:
+def _read_jpeg(data: bytes) -> ImageHeader:
     image = _Jpeg(io.BytesIO(data))
     orientation = _exif_orientation(image.info.get("exif", b""))
-    return _Header("JPEG", image.height, image.width, orientation, lambda: image)
+    return ImageHeader("JPEG", image.height, image.width, orientation, lambda: image)
 
 
-def _read_png(data: bytes) -> _Header:
+def _read_png(data: bytes) -> ImageHeader:
     """Find size and EXIF, which may follow the pixels; hide other extras, which may be damaged."""
     exif, kind, start = b"", b"", 8
     kept = [memoryview(data)[:start]]
@@ -262,10 +269,10 @@ def _read_png(data: bytes) -> _Header:
         start = end
     width, height = struct.unpack_from(">II", data, 16)
     turn = _exif_orientation(exif)
-    return _Header("PNG", height, width, turn, lambda: PngImageFile(io.BytesIO(b"".join(kept))))
+    return ImageHeader("PNG", height, width, turn, lambda: PngImageFile(io.BytesIO(b"".join(kept))))
 
 
-def _read_webp(data: bytes) -> _Header:
+def _read_webp(data: bytes) -> ImageHeader:
     """Find canvas size and EXIF; to tell them, Pillow would already allocate the canvas."""
     exif = b""
     size: tuple[int, int] | None = None
@@ -278,7 +285,7 @@ def _read_webp(data: bytes) -> _Header:
         start += 8 + length + length % 2
     height, width = size or (0, 0)
     orientation = _exif_orientation(exif)
-    return _Header("WebP", height, width, orientation, lambda: WebPImageFile(io.BytesIO(data)))
+    return ImageHeader("WebP", height, width, orientation, lambda: WebPImageFile(io.BytesIO(data)))
 
 
 def _webp_size(kind: bytes, data: bytes, start: int) -> tuple[int, int] | None:
@@ -297,7 +304,7 @@ def _webp_size(kind: bytes, data: bytes, start: int) -> tuple[int, int] | None:
     return None
 
 
-def _read_gif(data: bytes) -> _Header:
+def _read_gif(data: bytes) -> ImageHeader:
     """Find the size of the screen, widened as Pillow does if the first frame sticks out of it."""
     width, height, flags = struct.unpack_from("<HHB", data, 6)
     start = 13 + ((6 << (flags & 7)) if flags & 0x80 else 0)
@@ -310,10 +317,10 @@ def _read_gif(data: bytes) -> _Header:
                 start += 1 + data[start]
     left, top, frame_width, frame_height = struct.unpack_from("<HHHH", data, start + 1)
     height, width = max(height, top + frame_height), max(width, left + frame_width)
-    return _Header("GIF", height, width, 1, lambda: _open_silently(GifImageFile, data))
+    return ImageHeader("GIF", height, width, 1, lambda: _open_silently(GifImageFile, data))
 
 
-def _read_tiff(data: bytes) -> _Header:
+def _read_tiff(data: bytes) -> ImageHeader:
     image = _open_silently(TiffImageFile, data)
     # While loading, Pillow turns a TIFF upright by itself and reads all of its EXIF for that, with
     # warnings and failures. Given this block, it does not look into the file.
@@ -321,14 +328,14 @@ def _read_tiff(data: bytes) -> _Header:
     exif = Image.Exif()
     exif[_ORIENTATION_TAG] = orientation if orientation in _TURN_BY_ORIENTATION else 1
     image.info["exif"] = exif.tobytes()
-    return _Header("TIFF", image.height, image.width, 1, lambda: image)
+    return ImageHeader("TIFF", image.height, image.width, 1, lambda: image)
 
 
-def _reader(name: str, plugin: type[ImageFile.ImageFile]) -> Callable[[bytes], _Header]:
-    def read(data: bytes) -> _Header:
+def _reader(name: str, plugin: type[ImageFile.ImageFile]) -> Callable[[bytes], ImageHeader]:
+    def read(data: bytes) -> ImageHeader:
         image = _open_silently(plugin, data)
         orientation = _exif_orientation(image.info.get("exif", b""))
-        return _Header(name, image.height, image.width, orientation, lambda: image)
+        return ImageHeader(name, image.height, image.width, orientation, lambda: image)
 
     return read
 
@@ -380,7 +387,7 @@ def _open_silently(plugin: type[_Plugin], data: bytes) -> _Plugin:
         return plugin(io.BytesIO(data))
 
 
-_FORMATS: dict[str, tuple[bytes, Callable[[bytes], _Header]]] = {
+_FORMATS: dict[str, tuple[bytes, Callable[[bytes], ImageHeader]]] = {
     "JPEG": (rb"\xff\xd8\xff", _read_jpeg),
     "PNG": (rb"\x89PNG\r\n\x1a\n.{4}IHDR", _read_png),
     "WebP": (rb"RIFF.{4}WEBP", _read_webp),

@@ -43,8 +43,10 @@ def resolve_image_uri(images_root: str, file_name: str) -> str:
         raise DatasetError("the image folder is empty; name a folder or an s3:// prefix")
     problem = file_name_problem(file_name)
     if problem is not None:
+        # What follows in a URL may be a signature, which nobody else is to see.
+        shown = file_name.partition("?")[0] if "://" in file_name else file_name
         raise DatasetError(
-            f"file_name {file_name!r} {problem}; expected a name relative to {images_root}"
+            f"file_name {shown!r} {problem}; expected a name relative to {images_root}"
         )
     parts = file_name.split("/")
     plain = not {".", ".."} & set(parts)

@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torchvision.ops import nms
 
 from retinaray.detector.box_coding import clip_boxes, decode_boxes
+from retinaray.detector.box_operators import nms
 
 NmsKind = Literal["class", "agnostic", "none"]
 """Which boxes compete: those of one class, those of all classes, or none with any other."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -18,14 +21,20 @@ from retinaray.assembly.run_plan import (
 )
 from retinaray.config.loading import load_from_dict
 from retinaray.config.schema import InferJob
+from retinaray.distributed.infer_metrics import InferMetrics
+from retinaray.distributed.part_loading import open_loader
 from retinaray.errors import RetinarayError
 from retinaray.inference.output_formats import OutputSettings
 from retinaray.inference.part_attempts import PartAttempts, refuse_given_up
 from retinaray.inference.part_table import read_part
-from retinaray.inference.pipeline import ImageSource
+from retinaray.inference.part_turns import PartTurns
+from retinaray.inference.pipeline import ImageResult, ImageSource
 from retinaray.inference.predictor import load_predictor
 from retinaray.inference.run_files import PartReceipt, RunFiles
+from retinaray.inference.run_pace import PartReport
+from retinaray.inference.shared_predictor import share_predictor
 from retinaray.inference.source_reading import make_source_reader
+from retinaray.inference.stage_times import STAGE_FIELDS, StageClock
 from retinaray.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -36,21 +45,30 @@ RECEIPT_SCHEMA = pa.schema(
         ("num_images", pa.int64()),
         ("num_errors", pa.int64()),
         ("num_detections", pa.int64()),
+        ("worker", pa.string()),
+        ("began", pa.float64()),
+        ("ended", pa.float64()),
+        *((name, pa.int64() if name.startswith("num_") else pa.float64()) for name in STAGE_FIELDS),
         ("failure", pa.string()),
     ]
 )
 
+PARTS_AT_ONCE = 2
+"""Parts that a worker has in hand: one is read and committed while the engine has the other."""
+
 
 class DetectWorker:
-    """Loads the model once, then processes one part per call.
+    """Loads the model once, then processes one part per call; calls may come from several threads.
 
     Args:
         job: A resolved InferJob as plain values.
-        backend: Chosen runtime.
+        record: Of the run: its run_id, its backend, and draw_limit, of the hashes of the images
+            that are drawn.
         root: Folder or S3 prefix of the run.
         output: What the run writes.
-        draw_limit: Of the hashes of the images that are drawn.
         threads: Processor threads of the engine.
+        num_decode_tasks: Tasks that decode for one part at once, where the job has processors for
+            that.
         done: Parts that are committed already.
     """
 
@@ -58,11 +76,11 @@ class DetectWorker:
         self,
         *,
         job: Mapping[str, Any],
-        backend: str,
+        record: Mapping[str, Any],
         root: str,
         output: OutputSettings,
-        draw_limit: int,
         threads: int,
+        num_decode_tasks: int,
         done: frozenset[int],
     ) -> None:
         # Ray sets one OpenMP thread per reserved CPU, whatever the engine is meant to use.
@@ -71,16 +89,21 @@ class DetectWorker:
         self._job = settings
         self._storage = Storage(endpoint_url=settings.reading.endpoint_url)
         self._files = RunFiles(root, self._storage, output)
-        self._draw_limit = draw_limit
+        self._draw_limit: int = record["draw_limit"]
+        self._num_decode_tasks = num_decode_tasks
         self._done = done
         content, sidecar = read_model_file(settings.model, self._storage.read_bytes)
-        self._predictor, _ = load_predictor(
+        predictor, _ = load_predictor(
             content,
             uri=settings.model,
             sidecar=sidecar,
-            backend=backend,
+            backend=record["backend"],
             settings=make_infer_settings(settings, threads=threads),
         )
+        self._predictor = share_predictor(predictor)
+        self._turns = PartTurns()
+        self._metrics = InferMetrics(record["run_id"], record["backend"])
+        self._name = f"{socket.gethostname()}:{os.getpid()}"
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Process the parts in some rows; parts that are committed already give no receipt.
@@ -96,30 +119,73 @@ class DetectWorker:
         return pa.Table.from_pylist(receipts, RECEIPT_SCHEMA)
 
     def _attempt(self, number: int, sources: list[ImageSource]) -> dict[str, Any]:
+        began, clock, failure = time.time(), StageClock(), ""
+        receipt = PartReceipt(number, num_images=0, num_errors=0, num_detections=0)
         try:
-            return {**vars(self._process(number, sources)), "failure": ""}
+            receipt = self._process(number, sources, clock)
         # RuntimeError is what torch, OpenVINO and CUDA raise.
         except (RetinarayError, RuntimeError) as error:
             logger.exception("part %d failed", number)
-            nothing = PartReceipt(number, num_images=0, num_errors=0, num_detections=0)
-            return {**vars(nothing), "failure": str(error) or type(error).__name__}
+            failure = str(error) or type(error).__name__
+        # The engine's seconds are those since the last receipt that counted, whatever part had it.
+        engine_s = 0.0 if failure else self._predictor.take_busy_s()
+        row = {
+            **vars(receipt),
+            **vars(replace(clock.times, engine_s=engine_s)),
+            "worker": self._name,
+            "began": began,
+            "ended": time.time(),
+            "failure": failure,
+        }
+        if not failure:
+            self._metrics.count(PartReport.from_row(row))
+        return row
 
-    def _process(self, number: int, sources: list[ImageSource]) -> PartReceipt:
-        stored = make_source_reader(sources, self._storage)
+    def _process(self, number: int, sources: list[ImageSource], clock: StageClock) -> PartReceipt:
+        stored = make_source_reader(
+            sources, self._storage, max_bytes=self._job.reading.max_file_bytes
+        )
         attempts = PartAttempts(self._files.root, number, self._storage)
         given_up = attempts.begin()
         if attempts.is_suspicious:
             logger.warning("part %d ended its workers before: reading its images singly", number)
-            attempts.probe(
-                sources,
-                lambda source: load_as_used(source, self._job, self._predictor.canvas, stored),
-                given_up,
-            )
+            with self._turns.alone():
+                attempts.probe(
+                    sources,
+                    lambda source: load_as_used(source, self._job, self._predictor.canvas, stored),
+                    given_up,
+                )
         read = refuse_given_up(stored, [sources[index] for index in given_up])
         pictures = make_pictures(
             self._job, self._files, self._predictor.card, read, limit=self._draw_limit
         )
-        results = detect_part(self._predictor, sources, self._job, read=read)
-        receipt = self._files.commit(number, pictures.follow(results))
+        with (
+            self._turns.shared(),
+            open_loader(
+                self._job, self._predictor.canvas, read, clock, num_tasks=self._num_decode_tasks
+            ) as canvases,
+            clock.measure("commit"),
+        ):
+            results = detect_part(
+                self._predictor,
+                sources,
+                self._job,
+                read=read,
+                loader=canvases.loader,
+                ahead=canvases.ahead,
+                clock=clock,
+            )
+            receipt = self._files.commit(number, _exclude(pictures.follow(results), clock))
         attempts.end()
         return receipt
+
+
+def _exclude(results: Iterator[ImageResult], clock: StageClock) -> Iterator[ImageResult]:
+    """The same results, of which the making does not count as committing."""
+    while True:
+        start = time.perf_counter()
+        result = next(results, None)
+        clock.count("commit", start - time.perf_counter())
+        if result is None:
+            return
+        yield result

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from retinaray.evaluation.coco_map import CocoScores
 from retinaray.inference.run_files import RunTotals
+from retinaray.reporting.inference_progress import render_summary
 from retinaray.reporting.score_table import render_scores
 from retinaray.storage import join_uri
 
@@ -26,6 +27,8 @@ class InferOutcome:
         seconds: Wall time of this command.
         images_per_s: Images that this command processed, over the time between first and last part.
         scores: With annotations: COCO's numbers, computed from the written file.
+        summary: How this command spent its time, see `RunPace.summary`; empty when it found all
+            parts done.
     """
 
     run: str
@@ -36,6 +39,7 @@ class InferOutcome:
     seconds: float
     images_per_s: float
     scores: CocoScores | None
+    summary: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def exit_code(self) -> int:
@@ -60,6 +64,8 @@ class InferOutcome:
         if totals.num_errors > 5:
             lines.append(f"  ... all of them in {join_uri(self.run, 'errors')}")
         lines += [f"detections  {self.detections}", f"run         {self.run}"]
+        if speed := render_summary(self.summary):
+            lines.append(speed)
         if self.scores:
             lines.append(render_scores(self.scores))
         return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import secrets
 import socket
@@ -46,13 +47,13 @@ class WorkerPlan:
     Attributes:
         num_workers: Processes.
         num_cpus: Logical processors that each reserves.
-        num_gpus: GPUs that each reserves; 0 or 1.
+        num_gpus: GPUs that each reserves, at most 1; 0 without any.
         num_threads: Threads that each computes with.
     """
 
     num_workers: int
     num_cpus: float
-    num_gpus: int
+    num_gpus: float
     num_threads: int
 
 
@@ -80,29 +81,47 @@ def plan_training(num_workers: int, cluster: ClusterSize) -> WorkerPlan:
     return WorkerPlan(num_workers=num_workers, num_cpus=1, num_gpus=num_gpus, num_threads=threads)
 
 
-def plan_inference(num_workers: int | None, num_parts: int, cluster: ClusterSize) -> WorkerPlan:
+def plan_inference(
+    num_workers: int | None,
+    num_parts: int,
+    cluster: ClusterSize,
+    *,
+    gpus_per_worker: float = 1.0,
+    decode_cpus: int = 0,
+) -> WorkerPlan:
     """Resources of the engine workers; one processor at least stays free for Ray Data itself.
 
     Args:
-        num_workers: As asked for; none = one per GPU, or one per two processors without GPUs.
+        num_workers: As asked for; none = as many as the GPUs hold, or one per two processors
+            without GPUs.
         num_parts: Units of work: more workers than these would idle.
         cluster: What there is.
+        gpus_per_worker: Part of a GPU that each takes: 1, or 1 divided by a whole number.
+        decode_cpus: Processors that decode for all workers, and are not theirs.
 
     Raises:
-        ClusterError: If the cluster has GPUs but fewer than workers.
+        ClusterError: If the cluster has GPUs but not enough for the workers, or too few processors.
     """
+    num_gpus = _share_gpu(gpus_per_worker) if cluster.num_gpus else 0.0
+    capacity = int(cluster.num_gpus) * round(1 / gpus_per_worker)
     if num_workers is None:
         by_cpu = max(1, int(cluster.num_cpus // _CPU_THREADS_PER_ENGINE))
-        num_workers = int(cluster.num_gpus) or by_cpu
-    elif cluster.num_gpus and cluster.num_gpus < num_workers:
+        num_workers = capacity or by_cpu
+    elif cluster.num_gpus and capacity < num_workers:
         raise ClusterError(
-            f"workers={num_workers} needs {num_workers} GPUs, the cluster has "
-            f"{cluster.num_gpus:g}: "
-            "lower --workers or add GPU nodes"
+            f"workers={num_workers} of {gpus_per_worker:g} GPUs each do not fit on the "
+            f"{cluster.num_gpus:g} GPUs of the cluster: lower --workers or --gpus-per-worker, or "
+            "add GPU nodes"
         )
     num_workers = max(1, min(num_workers, num_parts))
+    if decode_cpus and cluster.num_cpus < decode_cpus + 1:
+        # Tasks that no node can take wait for ever, without an error.
+        raise ClusterError(
+            f"decoding.num_cpus={decode_cpus} leaves none of {cluster.num_cpus:g} CPUs to Ray and "
+            "to the engines: lower --decode-cpus or add CPU nodes"
+        )
     # Ray Data stalls without an error when its actors hold every logical CPU.
-    free = max(0.5, cluster.num_cpus - 1)
+    free = max(0.5, cluster.num_cpus - decode_cpus - 1)
     num_cpus = min(1.0, int(100 * free / num_workers) / 100)
     if num_cpus < 0.01:
         raise ClusterError(
@@ -112,9 +131,14 @@ def plan_inference(num_workers: int | None, num_parts: int, cluster: ClusterSize
     return WorkerPlan(
         num_workers=num_workers,
         num_cpus=num_cpus,
-        num_gpus=1 if cluster.num_gpus else 0,
+        num_gpus=num_gpus,
         num_threads=max(1, int(cluster.num_cpus / num_workers)),
     )
+
+
+def _share_gpu(gpus_per_worker: float) -> float:
+    """What Ray is asked for: it counts in 1/10000, and of a third rounded up only two fit."""
+    return math.floor(10_000 / round(1 / gpus_per_worker)) / 10_000
 
 
 @contextmanager

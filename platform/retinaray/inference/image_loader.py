@@ -3,10 +3,11 @@
 No thread ever waits here for another one: an image is fetched, and decoded when there is room, in
 two steps of work. So a process can end while nobody takes what was loaded. What lies in memory:
 
-- compressed files: one per thread;
+- compressed files: one per thread, of at most `ReadSettings.max_bytes`;
 - decoded pixels: `TileSettings.max_bytes`, or one image if that is larger;
-- in each thread that decodes, for that moment: nothing else for an upright JPEG, four times the
-  image for PNG and turned photos, six and a half times for WebP (measured at 8000 x 4504).
+- in each thread that decodes, for that moment: as much as `estimate_decode_bytes` says, 3 to 20
+  bytes per pixel of its image;
+- for each thread that hangs: its file, and what decoding it takes.
 """
 
 from __future__ import annotations
@@ -14,15 +15,21 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
 
 from retinaray.data.image_decoding import decode_image, read_image_size
-from retinaray.inference.pipeline import ImageSource, ReadSettings
+from retinaray.inference.canvas_loading import ReadSettings, fetch_file
+from retinaray.inference.image_sources import ImageSource
+from retinaray.inference.stage_times import StageClock
 from retinaray.inference.tiling import Tile, TileSettings, cut_tiles
+from retinaray.inference.watched_threads import Watch, WatchedThreads
+
+Value = TypeVar("Value")
 
 _BYTES_PER_PIXEL = 3
 
@@ -72,6 +79,7 @@ class ImageLoader:
         read: Gives the bytes at a URI; raises StorageError.
         settings: Threads, and the limits of decoding.
         tiling: Cutting, and the bound on memory.
+        clock: Counts fetching and decoding.
     """
 
     def __init__(
@@ -81,12 +89,19 @@ class ImageLoader:
         read: Callable[[str], bytes],
         settings: ReadSettings,
         tiling: TileSettings,
+        clock: StageClock | None = None,
     ) -> None:
         self._canvas = canvas
         self._read = read
         self._settings = settings
         self._tiling = tiling
-        self._pool = ThreadPoolExecutor(settings.threads, thread_name_prefix="load")
+        self._clock = clock or StageClock()
+        self._threads = WatchedThreads(
+            settings.threads,
+            name="load",
+            max_seconds=settings.max_seconds,
+            max_hung=settings.max_hung,
+        )
         self._lock = threading.RLock()
         self._unfetched: deque[_Order] = deque()
         # Fetched or being fetched, and not let in to decoding; they are let in in their order.
@@ -102,7 +117,8 @@ class ImageLoader:
         nothing else is held.
 
         Returns:
-            The image; or its ImageError or UnreadableFileError, or whatever else was raised.
+            The image; or its ImageError or UnreadableFileError, or whatever else was raised;
+            InferenceError if too many threads hang.
         """
         order = _Order(source)
         with self._lock:
@@ -121,7 +137,7 @@ class ImageLoader:
         """Stop; what was not loaded never will be."""
         with self._lock:
             self._is_closed = True
-        self._pool.shutdown(cancel_futures=True)
+        self._threads.close()
 
     def _go_on(self) -> None:
         """Start what has become possible; the caller holds the lock."""
@@ -133,12 +149,22 @@ class ImageLoader:
                 self._num_open -= 1
             else:
                 self._used_bytes += order.size_bytes or 0
-                self._pool.submit(self._decode, order)
+                self._start(self._decode, order, self._end_decode)
         while self._unfetched and self._num_open < self._settings.threads:
             order = self._unfetched.popleft()
             self._num_open += 1
             self._waiting.append(order)
-            self._pool.submit(self._fetch, order)
+            self._start(self._fetch, order, self._end_fetch)
+
+    def _start(
+        self,
+        work: Callable[[_Order, Watch], Value],
+        order: _Order,
+        end: Callable[[_Order, Future[Value]], None],
+    ) -> None:
+        doing = self._threads.submit(lambda watch: work(order, watch))
+        # Whoever ends it: the thread that did it, or the one that let go of that.
+        doing.add_done_callback(lambda done: None if done.cancelled() else end(order, done))
 
     def _may_leave(self, order: _Order) -> bool:
         """Whether an order that is first in the queue failed, or has a header and room."""
@@ -149,34 +175,38 @@ class ImageLoader:
         has_room = self._used_bytes + order.size_bytes <= self._tiling.max_bytes
         return has_room or self._used_bytes == 0
 
-    def _fetch(self, order: _Order) -> None:
-        try:
-            content = self._read(order.source.uri)
-            size = read_image_size(content, max_pixels=self._settings.max_pixels)
-        except BaseException as error:
-            order.loaded.set_exception(error)
-            raise
-        else:
-            with self._lock:
-                order.content, order.size_bytes = content, _size_bytes(*size)
-        finally:
-            with self._lock:
-                self._go_on()
+    def _fetch(self, order: _Order, watch: Watch) -> tuple[bytes, int]:
+        settings = self._settings
+        content = fetch_file(
+            order.source, self._read, max_bytes=settings.max_bytes, clock=self._clock
+        )
+        with self._clock.measure("decode"), watch.limited(lambda: None):
+            size = read_image_size(content, max_pixels=settings.max_pixels)
+        return content, _size_bytes(*size)
 
-    def _decode(self, order: _Order) -> None:
-        try:
-            image = self._decode_whole(order)
-        except BaseException as error:
-            with self._lock:
+    def _end_fetch(self, order: _Order, fetching: Future[tuple[bytes, int]]) -> None:
+        error = fetching.exception()
+        with self._lock:
+            if error is None:
+                order.content, order.size_bytes = fetching.result()
+            else:
+                order.loaded.set_exception(error)
+            self._go_on()
+
+    def _decode(self, order: _Order, watch: Watch) -> TiledImage:
+        with self._clock.measure("decode"), watch.limited(lambda: None):
+            return self._decode_whole(order)
+
+    def _end_decode(self, order: _Order, decoding: Future[TiledImage]) -> None:
+        error = decoding.exception()
+        with self._lock:
+            if error is None:
+                order.loaded.set_result(decoding.result())
+            else:
                 self._used_bytes -= order.size_bytes or 0
-            order.loaded.set_exception(error)
-            raise
-        else:
-            order.loaded.set_result(image)
-        finally:
-            with self._lock:
-                self._num_open -= 1
-                self._go_on()
+                order.loaded.set_exception(error)
+            self._num_open -= 1
+            self._go_on()
 
     def _decode_whole(self, order: _Order) -> TiledImage:
         assert order.content is not None

@@ -23,10 +23,11 @@ from retinaray.inference.source_listing import (
     is_shard,
     list_folder,
     list_named_shards,
+    make_writable,
     name_below,
     open_shards,
 )
-from retinaray.storage import Storage
+from retinaray.storage import Storage, find_secret, hide_secret
 
 # The first parts are small, so that a small set still keeps all workers busy; later ones amortise
 # the commit.
@@ -150,7 +151,13 @@ def _list_coco(root: str, content: Any) -> Iterator[FoundImage]:
 
 def _make_coco_image(root: str, record: Mapping[str, Any]) -> FoundImage:
     uri = resolve_image_uri(root, record["file_name"])
-    return FoundImage(name_below(root, uri), uri, image_id=record["id"])
+    secret = find_secret(uri)
+    if secret:
+        raise DatasetError(
+            f"COCO file for {root}: file_name {hide_secret(uri)!r} holds {secret}, which the "
+            "results would repeat; write the name of the file alone"
+        )
+    return FoundImage(name_below(root, uri), make_writable(uri), image_id=record["id"])
 
 
 def _is_complete(record: Any) -> bool:
@@ -183,6 +190,39 @@ def cut_parts(sources: Iterable[ImageSource], part_size: int | None = None) -> I
     while chunk := tuple(islice(remaining, part_size or _size_of(number))):
         yield Part(number, chunk)
         number += 1
+
+
+def count_images(
+    numbers: Iterable[int], *, part_size: int | None, num_parts: int, num_images: int
+) -> int:
+    """Images in some parts of a cut, without reading the manifest.
+
+    Args:
+        numbers: Of the parts, each once.
+        part_size: As the cut was made with.
+        num_parts: Parts of the whole cut.
+        num_images: Images of the whole cut.
+    """
+    last = num_parts - 1
+    count = 0
+    for number in numbers:
+        count += part_size or _size_of(number)
+        if number == last:
+            # The last part holds what was left.
+            count -= _end_of(last, part_size) - num_images
+    return count
+
+
+def _end_of(number: int, part_size: int | None) -> int:
+    """Images up to the end of a part, were it full."""
+    if part_size is not None:
+        return (number + 1) * part_size
+    end, first = 0, 0
+    for count, size in _GROWTH:
+        taken = min(count, number + 1 - first)
+        end += taken * size
+        first += taken
+    return end + (number + 1 - first) * _LARGEST
 
 
 def _size_of(number: int) -> int:

@@ -18,13 +18,14 @@ from retinaray.inference.pipeline import Scalar
 from retinaray.inference.repeat_check import RepeatCheck
 from retinaray.inference.source_filters import FoundImage
 from retinaray.inference.source_listing import is_shard, name_below
-from retinaray.storage import Storage, is_s3, join_uri
+from retinaray.storage import Storage, find_secret, hide_secret, is_s3, join_uri
 
 _URI, _IMAGE_ID = "uri", "image_id"
 _LONGEST_LINE = 2**20
 _ROWS_PER_BATCH = 1024
 _READ_BYTES = 2**20
 _UNUSABLE = re.compile("[\0\ud800-\udfff]")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 
 # Where a row stands, for messages, and its values by column.
@@ -41,12 +42,12 @@ def list_table(uri: str, storage: Storage) -> Iterator[FoundImage]:
 
     Args:
         uri: .txt or .lst, .csv, .jsonl or .ndjson, .parquet. Relative URIs in it are relative to
-            its folder.
+            its folder. A name with a line end, or with blanks at its ends, needs a table.
         storage: Where it is.
 
     Raises:
         DatasetError: If it is malformed, lacks the column `uri`, has values that JSON cannot hold,
-            or gives an image id twice.
+            gives an image id twice, or names images by URLs or with secrets in their URIs.
         StorageError: If it cannot be read.
     """
     root = folder_of(uri)
@@ -87,6 +88,7 @@ def _make_found(root: str, values: Mapping[str, Any], where: str) -> FoundImage:
         _refuse_uri(values, where)
     if _UNUSABLE.search(entry):
         raise DatasetError(f"{where}: uri {entry!r} holds NUL or is no valid Unicode; correct it")
+    _check_scheme(entry, where)
     is_absolute = is_s3(entry) or entry.startswith(("/", "file://"))
     uri = entry if is_absolute else join_uri(root, entry)
     image_id = values.get(_IMAGE_ID)
@@ -104,6 +106,21 @@ def _make_found(root: str, values: Mapping[str, Any], where: str) -> FoundImage:
 
 
 _OWN = frozenset([_URI, _IMAGE_ID])
+
+
+def _check_scheme(entry: str, where: str) -> None:
+    """Refuse what the results must not repeat, and URLs, which would be taken for local names."""
+    secret = find_secret(entry)
+    if secret:
+        raise DatasetError(
+            f"{where}: uri {hide_secret(entry)!r} holds {secret}, which the results would repeat; "
+            "write s3://bucket/key, and give credentials in the environment"
+        )
+    if _URL.match(entry) and not entry.startswith(("s3://", "file://")):
+        raise DatasetError(
+            f"{where}: uri {entry!r} is no path, file:/// or s3:// URI; copy the images to one of "
+            "these"
+        )
 
 
 def _refuse_uri(values: Mapping[str, Any], where: str) -> NoReturn:
@@ -213,10 +230,18 @@ def _read_parquet(reader: BinaryIO, uri: str) -> Iterator[_Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from retinaray.inference.parquet_parts import list_extension_columns
+
     try:
         # With a buffer, columns of a large row group are streamed too.
         file = pq.ParquetFile(reader, buffer_size=_READ_BYTES, pre_buffer=False)
         _check_header(file.schema_arrow.names, uri)
+        extended = list_extension_columns(file.schema_arrow)
+        if extended:
+            raise DatasetError(
+                f"{uri}: expected plain columns, found extension types in {', '.join(extended)}, "
+                "which may run code when they are read; convert or drop the columns"
+            )
         number = 0
         for batch in file.iter_batches(_ROWS_PER_BATCH):
             for row in batch.to_pylist():

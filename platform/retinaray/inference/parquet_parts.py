@@ -110,6 +110,33 @@ def _to_id(value: int | str, kind: pa.DataType) -> int | str:
     return value if pa.types.is_integer(kind) else str(value)
 
 
+def list_extension_columns(schema: pa.Schema) -> list[str]:
+    """Columns of types that are not Arrow's own, also inside lists and structs.
+
+    A registered type chooses how its values become Python objects, Ray's by unpickling them; so no
+    value of such a column may be looked at. Which types are registered depends on what else the
+    process imported: one that is not counts just the same.
+
+    Returns:
+        Their names, each with its type's; empty if all are plain.
+    """
+    found = ((field.name, _find_extension(field)) for field in schema)
+    return [f"{name!r} ({kind})" for name, kind in found if kind]
+
+
+def _find_extension(field: pa.Field) -> str:
+    kind = field.type
+    if isinstance(kind, pa.BaseExtensionType):
+        return str(kind.extension_name)
+    unknown = (field.metadata or {}).get(b"ARROW:extension:name")
+    if unknown is not None:
+        return str(unknown.decode("utf-8", "backslashreplace"))
+    if pa.types.is_dictionary(kind):
+        return _find_extension(pa.field(field.name, kind.value_type))
+    inner = (_find_extension(kind.field(index)) for index in range(kind.num_fields))
+    return next(filter(None, inner), "")
+
+
 def decode_parquet(content: bytes, name: str) -> Iterator[Row]:
     """The rows that `encode_parquet` wrote; ids that it wrote as text stay text.
 
@@ -149,6 +176,8 @@ def _read(source: Any, name: str, *, whole: bool) -> tuple[tuple[int, int], Any]
         metadata = file.metadata.metadata or {}
         if metadata.get(_VERSION_KEY) != FORMAT_VERSION.encode():
             raise ValueError(f"it is no {FORMAT_VERSION}")
+        if extended := list_extension_columns(file.schema_arrow):
+            raise ValueError(f"extension types in {', '.join(extended)}")
         counts = (file.metadata.num_rows, int(metadata[_COUNT_KEY]))
         return counts, file.read() if whole else None
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:

@@ -6,93 +6,51 @@ cluster run. One bad image is one error, never a failed run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from itertools import islice
-
-import numpy as np
-import torch
-from jaxtyping import UInt8
 
 from retinaray.data.coco_results import coco_results
-from retinaray.data.image_decoding import decode_image
-from retinaray.data.transforms import Placement, letterbox
+from retinaray.data.transforms import Placement
 from retinaray.detector.postprocess import Detections
-from retinaray.errors import ImageError, UnreadableFileError
+from retinaray.inference.batch_stream import predict_stream
+from retinaray.inference.canvas_batches import (
+    CanvasBatch,
+    CanvasBatches,
+    StartLoading,
+    count_ahead,
+)
+from retinaray.inference.canvas_loading import (
+    CanvasLoader,
+    ReadSettings,
+    ThreadLoader,
+    load_canvas,
+)
+from retinaray.inference.image_sources import (
+    IMAGE_FAULTS,
+    ImageResult,
+    ImageSource,
+    Scalar,
+    TarMember,
+    failed_result,
+)
 from retinaray.inference.predictor import Predictor
+from retinaray.inference.stage_times import StageClock
 
-# Batches that are fetched and decoded while the network works on one.
-_BATCHES_AHEAD = 3
-
-IMAGE_FAULTS = (ImageError, UnreadableFileError)
-"""What becomes the error of one image. A store that fails altogether is no fault of the image: it
-ends the part, to be tried again."""
-
-Scalar = str | int | float | bool | None
-"""What a pass-through column may hold: whatever JSON writes without brackets."""
-
-
-@dataclass(frozen=True)
-class TarMember:
-    """Where an image lies inside a tar.
-
-    Attributes:
-        shard: URI of the tar.
-        name: The member's name, as it stands there; only a name, never a path.
-        offset: Position of its first byte in the tar.
-        num_bytes: Its length.
-    """
-
-    shard: str
-    name: str
-    offset: int
-    num_bytes: int
-
-
-@dataclass(frozen=True)
-class ImageSource:
-    """One image to process: its id in the results, and where its bytes are.
-
-    Attributes:
-        image_id: Of any size, or text.
-        uri: Its file; of an image in a tar the tar's URI, a slash and the member's name.
-        member: Where it lies in its tar; none for a file of its own.
-        columns: What a manifest says of it and the results repeat; none without a manifest.
-    """
-
-    image_id: int | str
-    uri: str
-    member: TarMember | None = None
-    columns: Mapping[str, Scalar] | None = None
-
-
-@dataclass(frozen=True)
-class ImageResult:
-    """What came of one image.
-
-    Attributes:
-        source: Which image.
-        height: Upright height in pixels; 0 when it failed.
-        width: Upright width in pixels; 0 when it failed.
-        detections: COCO results of this image: category_id, bbox xywh in original pixels, score;
-            best first.
-        error: Why there are none; empty when there was no error.
-        exception: Class of the error.
-    """
-
-    source: ImageSource
-    height: int = 0
-    width: int = 0
-    detections: tuple[dict[str, object], ...] = ()
-    error: str = ""
-    exception: str = ""
-
-    @property
-    def coco_results(self) -> list[dict[str, object]]:
-        """The detections as a COCO results list, each with its image_id."""
-        return [{"image_id": self.source.image_id, **found} for found in self.detections]
+__all__ = [
+    "IMAGE_FAULTS",
+    "ImageResult",
+    "ImageSource",
+    "PlacedDetections",
+    "ReadSettings",
+    "Scalar",
+    "TarMember",
+    "count_ahead",
+    "detect_images",
+    "detect_placed",
+    "failed_result",
+    "load_canvas",
+]
 
 
 @dataclass(frozen=True)
@@ -110,24 +68,6 @@ class PlacedDetections:
     detections: Detections
 
 
-@dataclass(frozen=True)
-class ReadSettings:
-    """How files become canvases.
-
-    Attributes:
-        threads: Files fetched and decoded at once.
-        max_pixels: Larger files are refused before they are decoded.
-        allow_truncated: Accept files that end early.
-    """
-
-    threads: int = 8
-    max_pixels: int = 178_956_970
-    allow_truncated: bool = False
-
-
-_Loaded = tuple[UInt8[np.ndarray, "H W 3"], Placement]
-
-
 def detect_images(
     predictor: Predictor,
     sources: Iterable[ImageSource],
@@ -135,6 +75,8 @@ def detect_images(
     read: Callable[[str], bytes],
     batch: int,
     settings: ReadSettings,
+    loader: CanvasLoader | None = None,
+    clock: StageClock | None = None,
 ) -> Iterator[ImageResult]:
     """Detect in many images.
 
@@ -144,15 +86,20 @@ def detect_images(
         read: Gives the bytes at a URI; raises StorageError.
         batch: Images per network call.
         settings: Reading.
+        loader: See `detect_placed`.
+        clock: See `detect_placed`.
 
     Raises:
         StorageError: If the store fails for other reasons than one file.
+        InferenceError: If too many threads hang in decoding.
 
     Yields:
         One result per source, in their order. Images that cannot be read or decoded have an error,
         and do not change which other images share a batch.
     """
-    placed = detect_placed(predictor, sources, read=read, batch=batch, settings=settings)
+    placed = detect_placed(
+        predictor, sources, read=read, batch=batch, settings=settings, loader=loader, clock=clock
+    )
     categories = predictor.card.categories
     with closing(placed):
         for item in placed:
@@ -174,117 +121,80 @@ def detect_placed(
     read: Callable[[str], bytes],
     batch: int,
     settings: ReadSettings,
+    loader: CanvasLoader | None = None,
+    clock: StageClock | None = None,
 ) -> Generator[PlacedDetections | ImageResult, None, None]:
     """Detect in many images, and leave the detections in network pixels.
 
+    Whatever the sizes of the images, this much memory is taken at most, where A = `count_ahead`,
+    3 batches or one image per thread, and the canvas has H x W pixels:
+
+        canvases: 3 H W * batch * (ceil(A / batch) + 2)
+        files:    threads * max_bytes
+        decoding: the larger of decode_bytes and what the largest image takes, which is at most 20
+                  bytes for each of max_pixels (see `estimate_decode_bytes`)
+
+    and for each thread that hangs one file and one image more. Of the batches two are not ahead:
+    one in the network, and one whose detections are being taken, which without `predict_batches`
+    are the same. Another loader has its own bounds for files and decoding.
+
     Args:
-        predictor: The model.
+        predictor: The model; one with `predict_batches` gets the next batch while it computes.
         sources: Images, consumed as needed: at most three batches (or one image per thread, if
-            that is more) beyond the batch in the network; may be endless.
+            that is more) beyond the batch that the network was given last; may be endless.
         read: Gives the bytes at a URI; raises StorageError.
         batch: Images per network call.
         settings: Reading.
+        loader: Makes the canvases in place of threads of this process, then `read` and the limits
+            of the settings are its own business. Who made it closes it.
+        clock: Counts where the time goes: fetch, decode, engine, starved, bytes.
+
+    Raises:
+        StorageError: If the store fails for other reasons than one file.
+        InferenceError: If too many threads hang in decoding.
 
     Yields:
         One item per source, in their order: detections, or the error of an image that cannot be
         read or decoded.
     """
-    remaining = iter(sources)
-    window = count_ahead(batch, settings.threads)
-    waiting: list[tuple[ImageSource, Future[_Loaded]]] = []
-    pool = ThreadPoolExecutor(settings.threads, thread_name_prefix="decode")
-
-    def refill() -> None:
-        for source in islice(remaining, window - len(waiting)):
-            loading = pool.submit(load_canvas, source, predictor.canvas, read, settings)
-            waiting.append((source, loading))
-
-    try:
-        refill()
-        while waiting:
-            current, waiting[:] = waiting[:batch], waiting[batch:]
-            results = [_settle(source, loading) for source, loading in current]
-            refill()
-            yield from _predict_batch(predictor, results)
-    finally:
-        # After an error, or when the caller wants no more, nobody waits for what was queued.
-        pool.shutdown(cancel_futures=True)
+    clock = clock or StageClock()
+    with ExitStack() as closing_in_turn:
+        batches = CanvasBatches(
+            sources,
+            _choose_start(predictor, read, settings, loader, clock, closing_in_turn),
+            batch=batch,
+            ahead=count_ahead(batch, settings.threads),
+            canvas=predictor.canvas,
+            clock=clock,
+        )
+        closing_in_turn.callback(batches.cancel)
+        stream = closing_in_turn.enter_context(
+            closing(predict_stream(predictor, iter(batches), clock))
+        )
+        for loaded, found in stream:
+            yield from _join(loaded, found)
+            batches.recycle(loaded)
 
 
-def count_ahead(batch: int, threads: int) -> int:
-    """How many canvases are made ready beyond the batch in the network."""
-    # Small batches must not leave threads without work.
-    return max(batch * _BATCHES_AHEAD, threads)
-
-
-def load_canvas(
-    source: ImageSource,
-    canvas: tuple[int, int],
+def _choose_start(
+    predictor: Predictor,
     read: Callable[[str], bytes],
     settings: ReadSettings,
-) -> _Loaded:
-    """Fetch, decode and letterbox one image.
-
-    Raises:
-        StorageError: If the bytes cannot be had.
-        ImageError: If they are no usable image.
-    """
-    decoded = decode_image(
-        read(source.uri),
-        fit_height=canvas[0],
-        fit_width=canvas[1],
-        max_pixels=settings.max_pixels,
-        allow_truncated=settings.allow_truncated,
-    )
-    return letterbox(
-        decoded.pixels,
-        height=decoded.full_height,
-        width=decoded.full_width,
-        canvas_height=canvas[0],
-        canvas_width=canvas[1],
-    )
+    loader: CanvasLoader | None,
+    clock: StageClock,
+    closing_in_turn: ExitStack,
+) -> StartLoading:
+    if loader is not None:
+        return lambda source, _: loader.load(source)
+    threads = ThreadLoader(canvas=predictor.canvas, read=read, settings=settings, clock=clock)
+    closing_in_turn.callback(threads.close)
+    return threads.load
 
 
-def _settle(
-    source: ImageSource, loading: Future[_Loaded]
-) -> ImageResult | tuple[ImageSource, _Loaded]:
-    try:
-        return source, loading.result()
-    except IMAGE_FAULTS as error:
-        return failed_result(source, error)
-
-
-def failed_result(source: ImageSource, error: ImageError | UnreadableFileError) -> ImageResult:
-    """The result of an image that cannot be read or decoded."""
-    return ImageResult(source=source, error=str(error), exception=type(error).__name__)
-
-
-def predict_canvases(
-    predictor: Predictor, canvases: Sequence[UInt8[np.ndarray, "H W 3"]]
-) -> list[Detections]:
-    """Run one batch.
-
-    Args:
-        predictor: The model.
-        canvases: Of the predictor's size; at most its batch, may be empty.
-
-    Returns:
-        The detections of each canvas in network pixels, on the CPU.
-    """
-    if not canvases:
-        return []
-    stacked = torch.from_numpy(np.stack(canvases))
-    return predictor.predict(stacked.permute(0, 3, 1, 2))
-
-
-def _predict_batch(
-    predictor: Predictor, items: Sequence[ImageResult | tuple[ImageSource, _Loaded]]
-) -> Iterator[PlacedDetections | ImageResult]:
-    canvases = [item[1][0] for item in items if not isinstance(item, ImageResult)]
-    found = iter(predict_canvases(predictor, canvases))
-    for item in items:
+def _join(loaded: CanvasBatch, found: list[Detections]) -> Iterator[PlacedDetections | ImageResult]:
+    detections = iter(found)
+    for item in loaded.items:
         if isinstance(item, ImageResult):
             yield item
         else:
-            source, (_, placement) = item
-            yield PlacedDetections(source, placement, next(found))
+            yield PlacedDetections(*item, next(detections))

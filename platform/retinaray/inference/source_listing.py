@@ -102,7 +102,7 @@ def list_folder(place: str, storage: Storage, sieve: SourceSieve) -> Iterator[Fo
                 f"{place}: image files ({first[False]}) and tars ({first[True]}) lie side by side; "
                 "name one kind: exclude '*.tar', or give the tars' own folder or names"
             )
-        yield FoundImage(name, _to_text(uri), None, num_bytes, modified_s)
+        yield FoundImage(name, make_writable(uri), None, num_bytes, modified_s)
 
 
 def name_below(place: str, uri: str) -> str:
@@ -118,7 +118,7 @@ def name_below(place: str, uri: str) -> str:
     return unquote_to_bytes(name).decode("utf-8", "replace") if is_quoted else name
 
 
-def _to_text(uri: str) -> str:
+def make_writable(uri: str) -> str:
     """A local name that is no UTF-8 as a `file://` URI, because results are text."""
     if _SURROGATE.search(uri) and not is_s3(uri):
         return Path(uri).absolute().as_uri()

@@ -8,12 +8,15 @@ from retinaray.inference.pipeline import ImageSource
 from retinaray.storage import Storage
 
 
-def make_source_reader(sources: Iterable[ImageSource], storage: Storage) -> Callable[[str], bytes]:
+def make_source_reader(
+    sources: Iterable[ImageSource], storage: Storage, *, max_bytes: int | None = None
+) -> Callable[[str], bytes]:
     """A function that gives the bytes at the URI of any of some images.
 
     Args:
         sources: Images of one part; where those in tars lie is kept.
         storage: Where they are.
+        max_bytes: Longer files are refused before they are read; none = of any length.
 
     Returns:
         The reader; it raises StorageError.
@@ -23,7 +26,7 @@ def make_source_reader(sources: Iterable[ImageSource], storage: Storage) -> Call
     def read(uri: str) -> bytes:
         member = members.get(uri)
         if member is None:
-            return storage.read_bytes(uri)
+            return storage.read_bytes(uri, max_bytes=max_bytes)
         return storage.read_range(member.shard, member.offset, member.num_bytes)
 
     return read

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
 Stage = Literal["fetch", "decode", "engine", "starved", "commit"]
 
@@ -42,7 +42,8 @@ class StageClock:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._times = StageTimes()
+        self._seconds: dict[Stage, float] = dict.fromkeys(get_args(Stage), 0.0)
+        self._num_bytes = 0
 
     @contextmanager
     def measure(self, stage: Stage) -> Iterator[None]:
@@ -51,21 +52,24 @@ class StageClock:
         try:
             yield
         finally:
-            self._add(StageTimes(**{f"{stage}_s": time.perf_counter() - start}))  # type: ignore[arg-type]
+            self.count(stage, time.perf_counter() - start)
+
+    def count(self, stage: Stage, seconds: float) -> None:
+        """Count time that was measured elsewhere."""
+        with self._lock:
+            self._seconds[stage] += seconds
 
     def count_bytes(self, number: int) -> None:
         """Count the length of a file that was read."""
-        self._add(StageTimes(num_bytes=number))
+        with self._lock:
+            self._num_bytes += number
 
     @property
     def times(self) -> StageTimes:
         """What was counted so far."""
         with self._lock:
-            return self._times
-
-    def _add(self, times: StageTimes) -> None:
-        with self._lock:
-            self._times = self._times + times
+            seconds = {f"{stage}_s": value for stage, value in self._seconds.items()}
+            return StageTimes(num_bytes=self._num_bytes, **seconds)
 
 
 STAGE_FIELDS = tuple(field.name for field in fields(StageTimes))

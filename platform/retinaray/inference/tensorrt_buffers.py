@@ -27,6 +27,7 @@ class Slot:
 
     Attributes:
         staging: Host memory, N H W 3, from which the device copies.
+        decoded: Images that are on the device already; the staging memory is not used then.
         outputs: The engine's outputs of this batch, by name.
         copied: The staging memory may be filled again.
         ready: The outputs are there.
@@ -35,6 +36,7 @@ class Slot:
 
     def __init__(self, device: Device, staging: Tensor, outputs: Mapping[str, Tensor]) -> None:
         self.staging = staging
+        self.decoded: UInt8[Tensor, "n H W 3"] | None = None
         self.outputs = {
             name: device.allocate(tuple(output.shape), output.dtype)
             for name, output in outputs.items()
@@ -47,6 +49,10 @@ class Slot:
         """Copy a batch in as soon as the device has copied the last one out; the rest is black."""
         self.copied.synchronize()
         count = images.shape[0]
+        self.decoded = None
+        if images.device != self.staging.device:
+            self.decoded = images.permute(0, 2, 3, 1)
+            return
         # Decoded images lie in memory pixel by pixel; in that order this is one plain copy.
         self.staging[:count].copy_(images.permute(0, 2, 3, 1))
         self.staging[count:].zero_()
@@ -115,7 +121,12 @@ class EngineBuffers:
             run: Queues the network.
             stream: The current stream.
         """
-        self._device.copy(self._landing, slot.staging)
+        if slot.decoded is None:
+            self._device.copy(self._landing, slot.staging)
+        else:
+            count = slot.decoded.shape[0]
+            self._device.copy(self._landing[:count], slot.decoded)
+            self._landing[count:].zero_()
         slot.copied.record(stream)
         run()
         for name, output in self._outputs.items():

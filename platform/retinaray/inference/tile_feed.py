@@ -6,26 +6,31 @@ that the caller keeps.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
 
 from retinaray.data.transforms import Placement, letterbox
+from retinaray.inference.canvas_batches import count_ahead
+from retinaray.inference.canvas_loading import ReadSettings
 from retinaray.inference.image_loader import ImageLoader, TiledImage
-from retinaray.inference.pipeline import (
+from retinaray.inference.image_sources import (
     IMAGE_FAULTS,
     ImageResult,
     ImageSource,
-    ReadSettings,
-    count_ahead,
     failed_result,
 )
+from retinaray.inference.stage_times import StageClock
 from retinaray.inference.tiling import Tile, TileSettings
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ class TileFeed:
         batch: Tiles per network call.
         settings: Reading.
         tiling: Cutting, and the bound on memory.
+        clock: Counts fetching, decoding with cutting, and the waiting for tiles as `starved`.
     """
 
     def __init__(
@@ -66,11 +72,15 @@ class TileFeed:
         batch: int,
         settings: ReadSettings,
         tiling: TileSettings,
+        clock: StageClock | None = None,
     ) -> None:
         self._sources = iter(sources)
         self._canvas = canvas
         self._num_ahead = count_ahead(batch, settings.threads)
-        self._loader = ImageLoader(canvas=canvas, read=read, settings=settings, tiling=tiling)
+        self._clock = clock or StageClock()
+        self._loader = ImageLoader(
+            canvas=canvas, read=read, settings=settings, tiling=tiling, clock=self._clock
+        )
         # Threads of their own, so that no tile waits for a slow download.
         self._cutters = ThreadPoolExecutor(settings.threads, thread_name_prefix="cut")
         self._loading: deque[tuple[ImageSource, Future[TiledImage]]] = deque()
@@ -104,7 +114,7 @@ class TileFeed:
         source, loading = self._loading.popleft()
         self._load_ahead()
         try:
-            image = loading.result()
+            image = self._wait_for(loading)
         except IMAGE_FAULTS as error:
             self._ahead.append(failed_result(source, error))
         else:
@@ -120,7 +130,7 @@ class TileFeed:
         if isinstance(first, ImageResult):
             return first
         image, tile, cutting = first
-        canvas = cutting.result()
+        canvas = self._wait_for(cutting)
         if tile is image.tiles[-1]:
             self._loader.release(image)
         return canvas
@@ -128,6 +138,7 @@ class TileFeed:
     def _cut(self, image: TiledImage, tile: Tile) -> TileCanvas:
         assert image.pixels is not None
         part = image.pixels
+        start = time.perf_counter()
         if (tile.height, tile.width) != (image.height, image.width):
             part = part[tile.top : tile.top + tile.height, tile.left : tile.left + tile.width]
         pixels, placement = letterbox(
@@ -137,4 +148,11 @@ class TileFeed:
             canvas_height=self._canvas[0],
             canvas_width=self._canvas[1],
         )
+        self._clock.count("decode", time.perf_counter() - start)
         return TileCanvas(image, tile, pixels, placement)
+
+    def _wait_for(self, future: Future[Value]) -> Value:
+        if future.done():
+            return future.result()
+        with self._clock.measure("starved"):
+            return future.result()

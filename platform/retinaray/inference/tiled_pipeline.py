@@ -10,15 +10,24 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
 from retinaray.data.coco import CategoryTable
 from retinaray.data.coco_results import coco_results
 from retinaray.data.transforms import Placement
+from retinaray.detector.postprocess import Detections
+from retinaray.inference.batch_stream import BatchMemory, predict_stream
+from retinaray.inference.canvas_loading import ReadSettings
 from retinaray.inference.image_loader import TiledImage
-from retinaray.inference.pipeline import ImageResult, ImageSource, ReadSettings, predict_canvases
+from retinaray.inference.image_sources import ImageResult, ImageSource
 from retinaray.inference.predictor import Predictor
-from retinaray.inference.tile_feed import TileCanvas, TileFeed
+from retinaray.inference.stage_times import StageClock
+from retinaray.inference.tile_feed import TileFeed
 from retinaray.inference.tile_merging import TileDetections, merge_tiles
-from retinaray.inference.tiling import TileSettings, move_to_image
+from retinaray.inference.tiling import Tile, TileSettings, move_to_image
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,20 @@ class _UnderWay:
         return len(self.found) == len(self.image.tiles)
 
 
+@dataclass(frozen=True)
+class _TileBatch:
+    """Tiles in the order of their canvases: whose they are, which part, and where it lies."""
+
+    pieces: list[tuple[_UnderWay, Tile, Placement]]
+    memory: UInt8[np.ndarray, "N H W 3"] | None
+
+    @property
+    def images(self) -> UInt8[Tensor, "n 3 H W"] | None:
+        if self.memory is None:
+            return None
+        return torch.from_numpy(self.memory[: len(self.pieces)]).permute(0, 3, 1, 2)
+
+
 def detect_tiled(
     predictor: Predictor,
     sources: Iterable[ImageSource],
@@ -41,6 +64,7 @@ def detect_tiled(
     batch: int,
     settings: ReadSettings,
     tiling: TileSettings,
+    clock: StageClock | None = None,
 ) -> Iterator[ImageResult]:
     """Detect in many images, each cut into overlapping tiles at full resolution.
 
@@ -52,9 +76,11 @@ def detect_tiled(
         batch: Tiles per network call, of one image or of several; only the last call has fewer.
         settings: Reading.
         tiling: Cutting, merging, and the bound on memory.
+        clock: Counts where the time goes: fetch, decode, engine, starved, bytes.
 
     Raises:
         StorageError: If the store fails for other reasons than one file.
+        InferenceError: If too many threads hang in decoding.
 
     Yields:
         One result per source, in their order, the detections of its tiles merged. Images that
@@ -62,21 +88,8 @@ def detect_tiled(
         `detect_images` gives it.
     """
     under_way: deque[_UnderWay | ImageResult] = deque()
-    canvases: list[TileCanvas] = []
-    owners: list[_UnderWay] = []
-
-    def run_network() -> None:
-        found = predict_canvases(predictor, [canvas.pixels for canvas in canvases])
-        for owner, canvas, detections in zip(owners, canvases, found, strict=True):
-            image, tile = canvas.image, canvas.tile
-            owner.found.append(
-                move_to_image(
-                    detections, canvas.placement, tile, height=image.height, width=image.width
-                )
-            )
-        canvases.clear()
-        owners.clear()
-
+    clock = clock or StageClock()
+    memory = BatchMemory(batch, predictor.canvas)
     feed = TileFeed(
         sources,
         canvas=predictor.canvas,
@@ -84,19 +97,43 @@ def detect_tiled(
         batch=batch,
         settings=settings,
         tiling=tiling,
+        clock=clock,
     )
-    with closing(feed):
-        for item in feed:
-            if isinstance(item, ImageResult):
-                under_way.append(item)
-            else:
-                canvases.append(item)
-                owners.append(_find_owner(under_way, item.image))
-            if len(canvases) == batch:
-                run_network()
+    batches = _gather(feed, under_way, memory, batch)
+    with closing(feed), closing(predict_stream(predictor, batches, clock)) as stream:
+        for tiles, found in stream:
+            _hand_out(tiles, found)
+            if tiles.memory is not None:
+                memory.give_back(tiles.memory)
             yield from _pop_finished(under_way, predictor.card.categories, tiling)
-        run_network()
-        yield from _pop_finished(under_way, predictor.card.categories, tiling)
+
+
+def _gather(
+    feed: TileFeed, under_way: deque[_UnderWay | ImageResult], memory: BatchMemory, batch: int
+) -> Iterator[_TileBatch]:
+    """Whole batches of tiles, the last one smaller; one without tiles for an image that failed."""
+    canvases = memory.take()
+    pieces: list[tuple[_UnderWay, Tile, Placement]] = []
+    for item in feed:
+        if isinstance(item, ImageResult):
+            under_way.append(item)
+            yield _TileBatch([], None)
+            continue
+        canvases[len(pieces)] = item.pixels
+        pieces.append((_find_owner(under_way, item.image), item.tile, item.placement))
+        if len(pieces) == batch:
+            yield _TileBatch(pieces, canvases)
+            canvases, pieces = memory.take(), []
+    if pieces:
+        yield _TileBatch(pieces, canvases)
+
+
+def _hand_out(tiles: _TileBatch, found: list[Detections]) -> None:
+    for (owner, tile, placement), detections in zip(tiles.pieces, found, strict=True):
+        image = owner.image
+        owner.found.append(
+            move_to_image(detections, placement, tile, height=image.height, width=image.width)
+        )
 
 
 def _find_owner(under_way: deque[_UnderWay | ImageResult], image: TiledImage) -> _UnderWay:

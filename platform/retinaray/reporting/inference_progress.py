@@ -1,49 +1,72 @@
-"""What a person sees of a running batch inference: a live bar, or lines off a terminal."""
+"""What a person sees of a batch inference: a live bar, or lines off a terminal, and a summary."""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Mapping
 from types import TracebackType
+from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.text import Text
 
 from retinaray.reporting.training_progress import format_duration
 
 logger = logging.getLogger(__name__)
 
 _LINE_EVERY_S = 10.0
+_SHOWN_STAGES = ("engine", "decode", "read", "commit")
 
 
 class InferenceView:
-    """Counts finished parts and images, and shows them on standard error.
+    """Shows how far a batch inference is, on standard error.
+
+    On a terminal a bar that is redrawn in place (without colours where NO_COLOR is set), elsewhere
+    a line of the log about every ten seconds.
 
     Args:
-        num_parts: Parts of the run.
-        num_done: Parts that an earlier command finished.
+        num_images: Images of the run.
+        num_done: Of these, finished by an earlier command.
+        console: Where to draw; none = standard error.
+        clock: Seconds that never go back; another one in tests.
     """
 
-    def __init__(self, *, num_parts: int, num_done: int) -> None:
-        self._num_parts = num_parts
-        self._num_done = self._num_resumed = num_done
-        self._num_images = 0
-        self._num_errors = 0
-        self._start = self._last_line = time.monotonic()
-        self._console = Console(stderr=True)
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
+    def __init__(
+        self,
+        *,
+        num_images: int,
+        num_done: int,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._console = console or Console(stderr=True)
+        self._clock = clock
+        self._last_line_s = clock()
+        self._bar = Progress(
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("images"),
+            TimeElapsedColumn(),
+            console=self._console,
+        )
+        self._task = self._bar.add_task("", total=num_images, completed=num_done)
+        self._live: Live | None = None
 
     def __enter__(self) -> InferenceView:
-        if self._console.is_terminal:
-            self._bar = Progress(
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("parts  {task.description}"),
-                console=self._console,
-            )
-            self._task = self._bar.add_task("", total=self._num_parts, completed=self._num_done)
-            self._bar.start()
+        # A terminal that cannot move its cursor would get nothing until the end.
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            text = Text("starting: no part is finished yet")
+            self._live = Live(Group(self._bar, text), console=self._console)
+            self._live.start(refresh=True)
         return self
 
     def __exit__(
@@ -52,28 +75,72 @@ class InferenceView:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        if self._live is not None:
+            self._live.stop()
 
-    @property
-    def images_per_s(self) -> float:
-        """Images of this command over its time so far, the start of the workers included."""
-        return round(self._num_images / max(1e-9, time.monotonic() - self._start), 2)
+    def show(self, progress: Mapping[str, Any]) -> None:
+        """Show how far it is; see `RunPace.progress`. May be called as often as one likes."""
+        self._bar.update(self._task, completed=progress["num_finished"])
+        if self._live is not None:
+            text = f"{describe_progress(progress)}\n{progress['bottleneck']['text']}"
+            self._live.update(Group(self._bar, Text(text)))
+        elif self._clock() - self._last_line_s >= _LINE_EVERY_S:
+            self._last_line_s = self._clock()
+            logger.info(
+                "images %d/%d  %s  %s",
+                progress["num_finished"],
+                progress["num_total"],
+                describe_progress(progress),
+                _name_bottleneck(progress["bottleneck"]["stage"]),
+            )
 
-    def add(self, num_images: int, num_errors: int) -> None:
-        """Count one finished part."""
-        self._num_done += 1
-        self._num_images += num_images
-        self._num_errors += num_errors
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self._num_done, description=self._describe())
-        elif time.monotonic() - self._last_line > _LINE_EVERY_S:
-            self._last_line = time.monotonic()
-            logger.info("parts %d/%d  %s", self._num_done, self._num_parts, self._describe())
 
-    def _describe(self) -> str:
-        elapsed_s = time.monotonic() - self._start
-        rate = (self._num_done - self._num_resumed) / max(1e-9, elapsed_s)
-        eta = format_duration((self._num_parts - self._num_done) / max(1e-9, rate))
-        text = f"{self._num_images} images  {self.images_per_s:.1f} img/s  ETA {eta}"
-        return text + (f"  {self._num_errors} errors" if self._num_errors else "")
+def describe_progress(progress: Mapping[str, Any]) -> str:
+    """Rates, remaining time, errors and how busy the stages are, in one line."""
+    eta_s = progress["eta_s"]
+    text = (
+        f"{progress['recent_images_per_s']:.1f} img/s ({progress['images_per_s']:.1f} since the "
+        f"start)  ETA {'-' if eta_s is None else format_duration(eta_s)}"
+    )
+    if progress["num_errors"]:
+        text += f"  {progress['num_errors']} errors"
+    return f"{text}  {_describe_stages(progress['utilisation'], '  ')}"
+
+
+def render_summary(summary: Mapping[str, Any]) -> str:
+    """Three lines on a finished command: its speed, its stages, its bottleneck.
+
+    Args:
+        summary: See `RunPace.summary`.
+
+    Returns:
+        Lines without a line end; empty when the command had no part to do.
+    """
+    if not summary.get("num_parts"):
+        return ""
+    stages = _describe_stages(summary["utilisation"], ", ")
+    return "\n".join(
+        [
+            f"speed       {summary['steady_images_per_s']:.1f} img/s with all workers at work, "
+            f"{summary['images_per_s']:.1f} since the start, first part after "
+            f"{format_duration(summary['first_part_s'])}",
+            f"stages      {stages} busy; {_format_bytes(summary['num_bytes'])} read",
+            f"bottleneck  {summary['bottleneck']['text']}",
+        ]
+    )
+
+
+def _describe_stages(utilisation: Mapping[str, float], separator: str) -> str:
+    return separator.join(f"{name} {100 * utilisation[name]:.0f} %" for name in _SHOWN_STAGES)
+
+
+def _name_bottleneck(stage: str) -> str:
+    return stage if stage == "start-up" else f"{stage}-bound"
+
+
+def _format_bytes(number: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.0f} B" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.1f} TiB"

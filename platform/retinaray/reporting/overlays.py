@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image
-from torchvision.utils import draw_bounding_boxes
 
 # Distinct on light and dark pictures; by class index.
 _PALETTE = (
@@ -48,6 +47,9 @@ def draw_detections(
     Returns:
         RGB, enlarged when the picture is small.
     """
+    # Importing torchvision takes seconds, and only those who draw need it.
+    from torchvision.utils import draw_bounding_boxes
+
     height, width = pixels.shape[:2]
     scale = max(1, -(-_MIN_DRAWN_SIDE // min(height, width)))
     large = Image.fromarray(pixels).resize(

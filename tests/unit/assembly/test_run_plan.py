@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from retinaray.artifact import ModelCard
 from retinaray.assembly.run_plan import (
+    detect_part,
     list_truth,
     load_as_used,
     make_choice,
@@ -23,7 +25,9 @@ from retinaray.config.schema import InferJob
 from retinaray.errors import ConfigError, ImageError
 from retinaray.inference.pipeline import ImageResult, ImageSource
 from retinaray.inference.run_files import RunFiles
+from retinaray.inference.stage_times import StageClock
 from retinaray.inference.tiling import MAX_PER_TILE
+from retinaray.inference.torch_backend import load_torch_predictor
 from retinaray.storage import Storage
 
 MakeJob = Callable[..., InferJob]
@@ -93,6 +97,24 @@ def test_load_as_used_decodes_the_whole_image_for_tiles(make_job: MakeJob) -> No
     for job in (make_job(), make_job(tiling={"tile": 64})):
         with pytest.raises(ImageError):
             load_as_used(source, job, (64, 96), lambda _: b"no image")
+
+
+@pytest.mark.parametrize("tiling", [{}, {"tile": [64, 96]}], ids=["whole", "tiles"])
+def test_detect_part_counts_its_stages(
+    make_job: MakeJob, tiny_weights: bytes, image_set: Any, tiling: dict[str, object]
+) -> None:
+    job, clock = make_job(batch=2, tiling=tiling), StageClock()
+    predictor = load_torch_predictor(
+        tiny_weights, uri="m.pth", settings=make_infer_settings(job, threads=1)
+    )
+    paths = [image_set.folder / image["file_name"] for image in image_set.coco["images"]]
+    sources = [ImageSource(number, str(path)) for number, path in enumerate(paths)]
+    results = list(detect_part(predictor, sources, job, read=image_set.read, clock=clock))
+    assert [result.error for result in results] == [""] * 6
+    times = clock.times
+    assert times.num_bytes == sum(path.stat().st_size for path in paths)
+    assert min(times.fetch_s, times.decode_s, times.engine_s, times.starved_s) > 0
+    assert times.commit_s == 0
 
 
 def test_list_truth_keeps_the_images_that_a_run_has_taken(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from retinaray.errors import DatasetError, StorageError
-from retinaray.inference.manifest import cut_parts, list_sources
+from retinaray.inference.manifest import count_images, cut_parts, list_sources
 from retinaray.inference.pipeline import ImageSource
 from retinaray.storage import Storage, join_uri
 
@@ -220,3 +220,19 @@ def test_cut_parts_draws_no_image_before_its_part_is_asked_for() -> None:
 
 def test_cut_parts_of_nothing_is_nothing() -> None:
     assert list(cut_parts([])) == []
+
+
+@pytest.mark.parametrize("part_size", [None, 7])
+@pytest.mark.parametrize("num_images", [1, 16, 17, 1024, 1025, 5120, 71_000, 90_500])
+def test_count_images_agrees_with_the_cut(part_size: int | None, num_images: int) -> None:
+    sizes = [len(part.sources) for part in cut_parts(number_sources(num_images), part_size)]
+
+    def count(numbers: Iterable[int]) -> int:
+        return count_images(
+            numbers, part_size=part_size, num_parts=len(sizes), num_images=num_images
+        )
+
+    assert count(range(len(sizes))) == num_images
+    assert count([]) == 0
+    for chosen in ({0}, {len(sizes) - 1}, set(range(0, len(sizes), 3))):
+        assert count(chosen) == sum(sizes[number] for number in chosen)

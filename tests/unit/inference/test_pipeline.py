@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 
 from retinaray.errors import StorageError, UnreadableFileError
 from retinaray.inference.pipeline import ImageResult, ImageSource, ReadSettings, detect_images
+from retinaray.inference.watched_threads import WatchedThreads
 
 Reader = Callable[[str], bytes]
 
@@ -192,12 +192,11 @@ def test_what_was_queued_is_dropped_when_the_caller_stops(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     png, release, started = encode_png(64, 96), threading.Event(), []
-    shut_down = ThreadPoolExecutor.shutdown
+    close = WatchedThreads.close
 
-    def release_after_shutdown(pool: ThreadPoolExecutor, **options: Any) -> None:
-        shut_down(pool, **(options | {"wait": False}))
+    def release_and_close(threads: WatchedThreads) -> None:
         release.set()
-        shut_down(pool)
+        close(threads)
 
     def read(uri: str) -> bytes:
         started.append(uri)
@@ -205,7 +204,7 @@ def test_what_was_queued_is_dropped_when_the_caller_stops(
             assert release.wait(60)
         return png
 
-    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", release_after_shutdown)
+    monkeypatch.setattr(WatchedThreads, "close", release_and_close)
     results = detect_images(
         script_predictor(),
         sources_of(range(100)),

@@ -215,7 +215,7 @@ def test_load_leaves_no_thread_waiting_when_nobody_takes_the_images(
     loading[0].result(timeout=60)
     # An exception that reaches the top of a program keeps its frames, and the loader with them: at
     # its end the interpreter then waits for the threads, as this does.
-    at_exit = threading.Thread(target=loader._pool.shutdown, daemon=True)
+    at_exit = threading.Thread(target=loader.close, daemon=True)
     at_exit.start()
     at_exit.join(timeout=60)
     assert not at_exit.is_alive()

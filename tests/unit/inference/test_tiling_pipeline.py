@@ -8,7 +8,6 @@ import random
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import count
@@ -28,6 +27,7 @@ from retinaray.inference.predictor import PredictorSettings
 from retinaray.inference.tiled_pipeline import detect_tiled
 from retinaray.inference.tiling import TileSettings, make_tile_predictor_settings
 from retinaray.inference.torch_backend import TorchPredictor
+from retinaray.inference.watched_threads import WatchedThreads
 
 Square = tuple[int, int, int]
 MakeCard = Callable[..., ModelCard]
@@ -569,12 +569,11 @@ def test_detect_tiled_drops_what_was_queued_when_the_caller_stops(
     script_predictor: Script, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release, started = threading.Event(), []
-    shut_down = ThreadPoolExecutor.shutdown
+    close = WatchedThreads.close
 
-    def release_after_shutdown(pool: ThreadPoolExecutor, **options: Any) -> None:
-        shut_down(pool, **(options | {"wait": False}))
+    def release_and_close(threads: WatchedThreads) -> None:
         release.set()
-        shut_down(pool)
+        close(threads)
 
     def read(uri: str) -> bytes:
         started.append(uri)
@@ -582,7 +581,7 @@ def test_detect_tiled_drops_what_was_queued_when_the_caller_stops(
             assert release.wait(60)
         return files["0"]
 
-    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", release_after_shutdown)
+    monkeypatch.setattr(WatchedThreads, "close", release_and_close)
     sources = sources_of(range(100))
     results = start(script_predictor(), sources, read, batch=1, threads=1)
     assert next(results).source.uri == "0"

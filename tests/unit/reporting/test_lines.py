@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 
 from retinaray.evaluation.coco_map import TWELVE, ClassScores, CocoScores
-from retinaray.reporting import inference_progress
-from retinaray.reporting.inference_progress import InferenceView
 from retinaray.reporting.score_table import render_scores
 from retinaray.reporting.training_progress import (
     TrainingView,
@@ -66,22 +64,6 @@ def test_training_view_logs_lines_off_a_terminal(
     first, second = caplog.messages
     assert first.startswith("step 25/100  epoch 2.5  class 0.040")
     assert second.startswith("validation after epoch 3: AP 0.500")
-
-
-def test_inference_view_counts_from_where_an_earlier_command_stopped(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    now = [100.0]
-    monkeypatch.setattr(inference_progress.time, "monotonic", lambda: now[0])
-    with caplog.at_level(logging.INFO), InferenceView(num_parts=10, num_done=4) as view:
-        now[0] += 5
-        view.add(16, 0)  # within ten seconds of the start: no line
-        assert caplog.messages == []
-        now[0] += 15
-        view.add(24, 2)
-    # 40 images in 20 s; 2 parts in 20 s, so the other 4 take 40 s.
-    assert caplog.messages == ["parts 6/10  40 images  2.0 img/s  ETA 0:40  2 errors"]
-    assert view.images_per_s == 2.0
 
 
 def test_render_scores_lines_up_and_says_absent() -> None:
