@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import io
 import json
 import os
 import tempfile
@@ -37,7 +36,6 @@ import numpy as np
 import torch
 from run import RATIO, Record, percentile, round_to_figures, skip, summarise
 
-from retinaray.artifact import ModelCard
 from retinaray.assembly.export import run_export
 from retinaray.config.loading import load_from_dict
 from retinaray.config.schema import ExportJob, InferJob
@@ -50,6 +48,8 @@ from retinaray.inference.predictor import PredictorSettings, load_predictor
 from retinaray.storage import Storage
 
 inference = importlib.import_module("inference")
+torchvision_peer = importlib.import_module("torchvision_peer")
+empty_network = importlib.import_module("empty_network")
 # What a competitor says of each round: seconds, and whatever else it knows.
 Rounds = dict[str, list[dict[str, float]]]
 THREADS = 2
@@ -142,7 +142,11 @@ def prepare(setting: Setting) -> Place:
             list(pool.map(put, range(count)))
     with tempfile.TemporaryDirectory() as folder:
         int8 = quantize(Path(folder), weights, sources)
-    place_models = {"bf16": exported, "int8": int8, "nothing": make_empty_network(card)}
+    place_models = {
+        "bf16": exported,
+        "int8": int8,
+        "nothing": empty_network.make(card),
+    }
     for name, content in place_models.items():
         storage.write_bytes(f"{root}/{name}.onnx", content)
     reading = ReadSettings(threads=THREADS)
@@ -182,39 +186,6 @@ def quantize(folder: Path, weights: bytes, sources: list[ImageSource]) -> bytes:
     }
     run_export(load_from_dict(ExportJob, values))
     return (folder / "m.onnx").read_bytes()
-
-
-def make_empty_network(card: ModelCard) -> bytes:
-    """An exported file that finds nothing, at no cost."""
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-
-    nodes = [
-        helper.make_node("Shape", ["images"], ["batch"], start=0, end=1),
-        helper.make_node("Concat", ["batch", "one"], ["flat"], axis=0),
-        helper.make_node("Concat", ["batch", "one", "four"], ["wide"], axis=0),
-    ]
-    outputs = []
-    for name, shape, kind, axes in (
-        ("boxes", "wide", TensorProto.FLOAT, ("N", 1, 4)),
-        ("scores", "flat", TensorProto.FLOAT, ("N", 1)),
-        ("labels", "flat", TensorProto.INT32, ("N", 1)),
-    ):
-        zero = helper.make_tensor("zero", kind, [1], [0])
-        nodes.append(helper.make_node("ConstantOfShape", [shape], [name], value=zero))
-        outputs.append(helper.make_tensor_value_info(name, kind, axes))
-    images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["N", 3, *card.canvas])
-    constants = [
-        numpy_helper.from_array(np.array([value], dtype=np.int64), name)
-        for name, value in (("one", 1), ("four", 4))
-    ]
-    graph = helper.make_graph(nodes, "nothing", [images], outputs, constants)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    for key, value in card.to_metadata().items():
-        model.metadata_props.add(key=key, value=value)
-    onnx.checker.check_model(model)
-    content: bytes = model.SerializeToString()
-    return content
 
 
 def take_turns(competitors: Mapping[str, Any], num_rounds: int) -> Rounds:
@@ -261,7 +232,13 @@ def measure_speed(place: Place, setting: Setting) -> list[Record]:
     for precision in ("bf16", "int8"):
         competitors[f"engine_{precision}"] = make_engine(place, setting, precision)
         competitors[f"ours_{precision}"] = partial(run_ours, place, setting.num_images, precision)
-    competitors["ray_data_torchvision"] = partial(run_torchvision, place, setting)
+    competitors["ray_data_torchvision"] = partial(
+        torchvision_peer.run_example,
+        place.images[setting.num_images],
+        place.root,
+        setting.num_images,
+        setting.side_px,
+    )
     rounds = take_turns(competitors, setting.num_rounds)
     baselines = {
         "ours_bf16": ("engine_bf16", "ray_data_torchvision"),
@@ -309,67 +286,6 @@ def run_ours(place: Place, num_images: int, model: str) -> dict[str, float]:
         "seconds": num_images / outcome.summary["steady_images_per_s"],
         "other_s": whole_s - outcome.summary["worker_s"],
     }
-
-
-class TorchvisionDetector:
-    """torchvision's RetinaNet as its users call it."""
-
-    def __init__(self, side_px: int, threads: int) -> None:
-        from torchvision.models.detection import RetinaNet
-        from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-        from torchvision.ops.feature_pyramid_network import LastLevelP6P7
-
-        torch.set_num_threads(threads)
-        backbone = resnet_fpn_backbone(
-            backbone_name="resnet18",
-            weights=None,
-            trainable_layers=5,
-            returned_layers=[2, 3, 4],
-            extra_blocks=LastLevelP6P7(256, 256),
-        )
-        self._model = RetinaNet(backbone, 4, min_size=side_px, max_size=side_px).eval()
-        self._began = time.time()
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        """Detections of some images, and when this model was ready."""
-        images = [torch.from_numpy(image).permute(2, 0, 1) / 255 for image in batch["image"]]
-        with torch.inference_mode():
-            found = self._model(images)
-        return {
-            "boxes": [item["boxes"].flatten().tolist() for item in found],
-            "scores": [item["scores"].tolist() for item in found],
-            "labels": [item["labels"].tolist() for item in found],
-            "began": [self._began] * len(found),
-        }
-
-
-def run_torchvision(place: Place, setting: Setting) -> dict[str, float]:
-    """Ray Data's example; the seconds begin when its model is loaded."""
-    import ray
-    from pyarrow import fs
-    from ray.data import ActorPoolStrategy
-
-    s3 = fs.S3FileSystem(endpoint_override=os.environ["AWS_ENDPOINT_URL"])
-    output = f"{place.root}/peer-{time.time_ns()}"
-    prefix = place.images[setting.num_images].removeprefix("s3://")
-    ray.data.read_images(
-        prefix, filesystem=s3, mode="RGB", size=(setting.side_px, setting.side_px)
-    ).map_batches(
-        TorchvisionDetector,
-        fn_constructor_kwargs={"side_px": setting.side_px, "threads": THREADS},
-        batch_size=BATCH,
-        compute=ActorPoolStrategy(size=1),
-        num_cpus=1,
-    ).write_json(output.removeprefix("s3://"), filesystem=s3)
-    end = time.time()
-    storage = Storage()
-    rows = [
-        json.loads(line)
-        for uri in storage.list_files(output)
-        for line in io.BytesIO(storage.read_bytes(uri))
-    ]
-    assert len(rows) == setting.num_images
-    return {"seconds": end - min(row["began"] for row in rows)}
 
 
 # --- overhead -------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from retinaray.artifact import Architecture, ModelCard
 from retinaray.data.coco import Category, CategoryTable
 from retinaray.detector.anchors import AnchorSpec
 
-batch_inference = importlib.import_module("batch_inference")
+empty_network = importlib.import_module("empty_network")
 SIDE_PX = 64
 NUM_CONTENTS = 64
 _SAMPLE_EVERY_S = 0.25
@@ -49,7 +49,7 @@ def run(quick: bool = False) -> list[Record]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = folder / "nothing.onnx"
-        model.write_bytes(batch_inference.make_empty_network(make_card()))
+        model.write_bytes(empty_network.make(make_card()))
         measured = []
         for count in sizes.num_images:
             images = folder / f"images-{count}"

@@ -191,6 +191,8 @@ def test_find_cases_gives_the_files_that_define_run(run: ModuleType, tmp_path: P
     assert run.find_cases() == [
         "anchors",
         "batch_files",
+        "batch_inference",
+        "batch_scale",
         "decode",
         "doctor",
         "inference",
