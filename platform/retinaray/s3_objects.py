@@ -147,30 +147,6 @@ class S3Objects:
             answer["Body"].close()
             return answer
 
-    def list_entries(self, uri: str) -> Iterator[tuple[str, int, float]]:
-        """Walk the objects below a prefix, page by page; see `Storage.list_entries`.
-
-        Yields:
-            URI, length in bytes, and seconds since 1970 UTC of the last writing.
-        """
-        bucket, key = split_s3_uri(uri)
-        with explain_s3_failures(uri, "list"):
-            client = self.client()
-            if key and not key.endswith("/"):
-                # An object of exactly this name sorts before all that it is a prefix of.
-                first = client.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
-                entries = first.get("Contents", [])
-                if [entry["Key"] for entry in entries] == [key]:
-                    yield _describe(bucket, entries[0])
-                    return
-                key += "/"
-            pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
-            for page in pages:
-                for entry in page.get("Contents", []):
-                    # Keys that end in a slash are the empty markers by which consoles show folders.
-                    if not entry["Key"].endswith("/"):
-                        yield _describe(bucket, entry)
-
     @contextmanager
     def open_writer(self, uri: str) -> Iterator[BinaryIO]:
         """Open an object for streaming; see `Storage.open_writer`."""
@@ -339,10 +315,6 @@ class _ObjectWriter(io.RawIOBase):
             except StorageError as error:
                 logger.warning("%s", error)
         self.close()
-
-
-def _describe(bucket: str, entry: Any) -> tuple[str, int, float]:
-    return f"s3://{bucket}/{entry['Key']}", entry["Size"], entry["LastModified"].timestamp()
 
 
 def _address(uri: str) -> dict[str, str]:

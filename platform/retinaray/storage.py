@@ -26,6 +26,7 @@ from retinaray.local_files import (
 )
 from retinaray.local_listing import walk_names
 from retinaray.s3_failures import expect_plain_endpoint, find_secret, hide_secret
+from retinaray.s3_listing import list_entries, list_level
 from retinaray.s3_objects import S3Objects, split_s3_uri
 
 __all__ = [
@@ -210,7 +211,7 @@ class Storage:
             StorageError: If a folder cannot be read, or the bucket is missing.
         """
         if is_s3(uri):
-            yield from (found for found, _, _ in self._s3.list_entries(uri))
+            yield from (found for found, _, _ in list_entries(self._s3, uri))
             return
         with explained_local(uri, "list"):
             path = local_path(uri)
@@ -229,7 +230,7 @@ class Storage:
             StorageError: If a folder cannot be read, or the bucket is missing.
         """
         if is_s3(uri):
-            yield from map(FileEntry._make, self._s3.list_entries(uri))
+            yield from map(FileEntry._make, list_entries(self._s3, uri))
             return
         for found in self.list_files(uri):
             with explained_local(found, "look at"):
@@ -240,6 +241,21 @@ class Storage:
                     # A link that leads nowhere is listed too; it fails when it is read.
                     status = path.lstat()
             yield FileEntry(found, status.st_size, status.st_mtime)
+
+    def list_level(self, uri: str) -> list[FileEntry | str] | None:
+        """What lies right below an S3 prefix, so that several threads can list what is below that.
+
+        Returns:
+            Files, and URIs of prefixes that end in a slash, in the order in which `list_entries`
+            gives what they hold; none where there are more than a thousand, and of local folders.
+
+        Raises:
+            StorageError: If it cannot be listed.
+        """
+        level = list_level(self._s3, uri) if is_s3(uri) else None
+        if level is None:
+            return None
+        return [item if isinstance(item, str) else FileEntry._make(item) for item in level]
 
     def open_writer(self, uri: str) -> AbstractContextManager[BinaryIO]:
         """Open a file for streaming; it appears, whole, when the block ends without an exception.

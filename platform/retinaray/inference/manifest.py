@@ -67,7 +67,7 @@ def list_sources(
             names.
         storage: Where to look.
         choice: Which of the images that are found are taken.
-        threads: Tars whose headers are read at once.
+        threads: Prefixes that are listed at once, or tars whose headers are read.
 
     Yields:
         Images in the order of the COCO file or of the list, else sorted by URI, those of a tar in
@@ -95,7 +95,8 @@ def list_sources(
         sieve.expect_no_dates("a tar that is named")
         found = open_shards(list_named_shards(images, sieve), storage, threads=threads)
     else:
-        found = open_shards(list_folder(images, storage, sieve), storage, threads=threads)
+        listed = list_folder(images, storage, sieve, threads=threads)
+        found = open_shards(listed, storage, threads=threads)
     return _refuse_empty(_number(sieve.choose(found)), images)
 
 

@@ -70,7 +70,9 @@ def ends_as_tar(name: str) -> bool:
     return name[-4:].lower() == ".tar"
 
 
-def list_folder(place: str, storage: Storage, sieve: SourceSieve) -> Iterator[FoundImage]:
+def list_folder(
+    place: str, storage: Storage, sieve: SourceSieve, *, threads: int = 8
+) -> Iterator[FoundImage]:
     """Image files below a folder or prefix, or the tars there, sorted by URI.
 
     Args:
@@ -78,13 +80,16 @@ def list_folder(place: str, storage: Storage, sieve: SourceSieve) -> Iterator[Fo
         storage: Where it is.
         sieve: Tars that it does not admit are left out; of images it only decides whether their
             lengths and dates are looked up.
+        threads: Prefixes right below an S3 prefix that are listed at once.
 
     Raises:
         DatasetError: If there are images and tars side by side.
         StorageError: If the place cannot be listed.
     """
     entries: Iterator[FileEntry] | Iterator[tuple[str, None, None]]
-    if sieve.choice.needs_details:
+    if is_s3(place):
+        entries = _list_prefixes(place, storage, threads=threads)
+    elif sieve.choice.needs_details:
         entries = storage.list_entries(place)
     else:
         entries = ((uri, None, None) for uri in storage.list_files(place))
@@ -103,6 +108,27 @@ def list_folder(place: str, storage: Storage, sieve: SourceSieve) -> Iterator[Fo
                 "name one kind: exclude '*.tar', or give the tars' own folder or names"
             )
         yield FoundImage(name, make_writable(uri), None, num_bytes, modified_s)
+
+
+def _list_prefixes(place: str, storage: Storage, *, threads: int) -> Iterator[FileEntry]:
+    """All objects below a prefix in the order of one listing, made of several at once.
+
+    A page of a listing holds a thousand keys and takes a tenth of a second on AWS, however fast
+    this machine is.
+    """
+    level = storage.list_level(place)
+    while level is not None and len(level) == 1 and isinstance(level[0], str):
+        level = storage.list_level(level[0])
+    if level is None or sum(isinstance(item, str) for item in level) < 2:
+        return storage.list_entries(place)
+
+    def expand(item: FileEntry | str) -> Generator[FileEntry, None, None]:
+        if isinstance(item, str):
+            yield from storage.list_entries(item)
+        else:
+            yield item
+
+    return chain_ahead(level, expand, threads=threads)
 
 
 def name_below(place: str, uri: str) -> str:

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from retinaray import s3_objects
 from retinaray.errors import ConfigError, DatasetError, StorageError
 from retinaray.inference.manifest import cut_parts, list_sources, source_root
 from retinaray.inference.part_table import read_part, write_parts
@@ -25,7 +26,7 @@ from retinaray.inference.run_files import RunFiles
 from retinaray.inference.source_filters import SourceChoice
 from retinaray.inference.source_listing import expand_names, is_image, is_shard, name_below
 from retinaray.inference.source_reading import make_source_reader
-from retinaray.storage import Storage, join_uri
+from retinaray.storage import FileEntry, Storage, join_uri
 
 ODD_NAMES = [
     "line\nend.jpg",
@@ -236,8 +237,12 @@ class _ManyFiles(Storage):
         super().__init__()
         object.__setattr__(self, "count", count)
 
-    def list_files(self, uri: str) -> Iterator[str]:
-        return (f"{uri}/day={n // 1000}/{n:09}.jpg" for n in range(self.count))  # type: ignore[attr-defined]
+    def list_level(self, uri: str) -> list[FileEntry | str]:
+        return [f"{uri}/day={day}/" for day in range(4)]
+
+    def list_entries(self, uri: str) -> Iterator[FileEntry]:
+        count: int = self.count // 4  # type: ignore[attr-defined]
+        return (FileEntry(f"{uri}{n:09}.jpg", 1, 0.0) for n in range(count))
 
 
 @pytest.mark.parametrize("settings", [{}, {"sample": 500}, {"sample": 0.5, "exclude": ("*.png",)}])
@@ -255,8 +260,8 @@ def test_list_sources_and_cut_parts_take_no_more_memory_for_more_images(
         finally:
             tracemalloc.stop()
 
-    # 18,000 sources more would be 5 MB.
-    assert measure(20_000) < measure(2000) + 100_000
+    # Each of the four prefixes is read up to 1,300 files ahead; 18,000 sources more would be 5 MB.
+    assert measure(26_000) < measure(8_000) + 200_000
 
 
 # Tars
@@ -425,3 +430,47 @@ def test_source_root_is_what_names_are_relative_to(
     images: str, annotations: dict[str, Any] | None, root: str
 ) -> None:
     assert source_root(images, annotations) == root
+
+
+def test_list_sources_lists_prefixes_at_once_in_the_order_of_one_listing(s3_bucket: str) -> None:
+    storage = Storage()
+    names = [
+        f"{folder}/{number}.jpg" for folder in ("a", "b b", "a.d", "Z", "é") for number in "21"
+    ]
+    names += ["a.jpg", "a-.jpg", "b.jpg", "b b/deep/er/x.jpg", "b b/notes.txt"]
+    for name in names:
+        storage.write_bytes(f"{s3_bucket}/one/level/{name}", b"x")
+    # By code point, as AWS sorts; this server's own listing of all sorts folder by folder.
+    wanted = sorted(f"{s3_bucket}/one/level/{name}" for name in names if name.endswith(".jpg"))
+    # The single prefixes on the way are walked down.
+    for place in (f"{s3_bucket}/one/level", f"{s3_bucket}/one/level/", f"{s3_bucket}/one"):
+        for threads in (1, 8):
+            found = [image.uri for image in list_sources(place, None, storage, threads=threads)]
+            assert found == wanted
+    level = storage.list_level(f"{s3_bucket}/one/level")
+    assert level is not None
+    assert [item if isinstance(item, str) else item.uri for item in level] == [
+        f"{s3_bucket}/one/level/{name}"
+        for name in ("Z/", "a-.jpg", "a.d/", "a.jpg", "a/", "b b/", "b.jpg", "é/")
+    ]
+
+
+def test_list_level_leaves_thousands_of_prefixes_to_one_listing(
+    s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Storage()
+    storage.write_bytes(f"{s3_bucket}/x/1.jpg", b"x")
+    asked = []
+
+    class Client:
+        def list_objects_v2(self, **options: Any) -> dict[str, Any]:
+            asked.append(options)
+            return {"IsTruncated": True, "CommonPrefixes": [{"Prefix": "x/"}]}
+
+    monkeypatch.setattr(s3_objects.S3Objects, "client", lambda _: Client())
+    assert storage.list_level(f"{s3_bucket}/x") is None
+    assert [options["Delimiter"] for options in asked] == ["/"]
+
+
+def test_list_level_knows_nothing_of_local_folders(tmp_path: Path) -> None:
+    assert Storage().list_level(str(tmp_path)) is None
