@@ -43,7 +43,9 @@ _REASONS = {
     "SlowDown": ("the server asks for fewer requests", "use fewer workers or more key prefixes"),
 }
 # About the object that was asked for, not about the server or the whole identity.
-_FOR_GOOD = frozenset(["403", "AccessDenied", "InvalidObjectState", "KeyTooLongError"])
+_FOR_GOOD = frozenset(
+    ["403", "AccessDenied", "InvalidObjectState", "InvalidRange", "KeyTooLongError"]
+)
 
 _HIDDEN = "(hidden)"
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")

@@ -430,3 +430,11 @@ def test_read_bytes_refuses_a_long_file_before_it_is_read(place: str) -> None:
     assert Storage().read_bytes(uri, max_bytes=10) == b"0123456789"
     with pytest.raises(UnreadableFileError, match="has 10 bytes, expected at most 9"):
         Storage().read_bytes(uri, max_bytes=9)
+
+
+def test_read_range_blames_the_file_when_it_became_shorter(place: str) -> None:
+    uri = f"{place}/file"
+    Storage().write_bytes(uri, b"0123456789")
+    for start in (8, 100):
+        with pytest.raises(UnreadableFileError, match="list it again"):
+            Storage().read_range(uri, start, 5)

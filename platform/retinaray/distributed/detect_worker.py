@@ -91,6 +91,7 @@ class DetectWorker:
         self._files = RunFiles(root, self._storage, output)
         self._draw_limit: int = record["draw_limit"]
         self._num_decode_tasks = num_decode_tasks
+        self._run_id: str = record["run_id"]
         self._done = done
         content, sidecar = read_model_file(settings.model, self._storage.read_bytes)
         predictor, _ = load_predictor(
@@ -102,7 +103,7 @@ class DetectWorker:
         )
         self._predictor = share_predictor(predictor)
         self._turns = PartTurns()
-        self._metrics = InferMetrics(record["run_id"], record["backend"])
+        self._metrics = InferMetrics(self._run_id, record["backend"])
         self._name = f"{socket.gethostname()}:{os.getpid()}"
 
     def __call__(self, rows: pa.Table) -> pa.Table:
@@ -175,7 +176,9 @@ class DetectWorker:
                 ahead=canvases.ahead,
                 clock=clock,
             )
-            receipt = self._files.commit(number, _exclude(pictures.follow(results), clock))
+            receipt = self._files.commit(
+                number, _exclude(pictures.follow(results), clock), run_id=self._run_id
+            )
         attempts.end()
         return receipt
 

@@ -137,8 +137,20 @@ class RunFiles:
         """File of a part's errors; absent when there are none."""
         return join_uri(self.root, "errors", f"part-{number:09}.jsonl")
 
-    def commit(self, number: int, results: Iterable[ImageResult]) -> PartReceipt:
-        """Write a part: its errors first, then the file that makes it count."""
+    def commit(
+        self, number: int, results: Iterable[ImageResult], *, run_id: str | None = None
+    ) -> PartReceipt:
+        """Write a part: its errors first, then the file that makes it count.
+
+        Args:
+            number: Of the part.
+            results: Its images, drawn to the end before anything is written.
+            run_id: The run that the part belongs to; none = whichever is here.
+
+        Raises:
+            StorageError: If it cannot be written, or another run has begun here meanwhile: a
+                worker outlives its driver by seconds, or by a minute when its node is cut off.
+        """
         images: list[Row] = []
         errors: list[Row] = []
         num_detections = 0
@@ -151,6 +163,11 @@ class RunFiles:
             size = {"height": result.height, "width": result.width}
             found = {"detections": result.detections}
             images.append(_describe_source(result) | size | found)
+        if run_id is not None and (self.read_record() or {}).get("run_id") != run_id:
+            raise StorageError(
+                f"{self.root}: part {number} belongs to run {run_id}, which is here no longer; "
+                "another command has started over: nothing was written"
+            )
         if errors:
             self.storage.write_bytes(self.errors(number), encode_rows(errors))
         else:

@@ -151,12 +151,17 @@ def spoiled(pictures: list[Path]) -> Callable[[Iterable[str]], Any]:
 def end_process(
     wait_until: Callable[[Callable[[], object], str], None],
 ) -> Callable[..., None]:
-    """Signal a process, and wait until it and all that it had started are gone."""
+    """Signal a driver, and wait until it and the workers of its Ray are gone.
+
+    Workers outlive a killed driver by some seconds in which they may still commit a part. Ray's
+    own agents stay for a minute; they do nothing.
+    """
 
     def end(pid: int, number: int = signal.SIGKILL) -> None:
-        family = [pid, *_find_descendants(pid)]
+        workers = _find_workers(pid)
+        assert workers
         os.kill(pid, number)
-        wait_until(lambda: not any(map(_is_running, family)), f"the end of {family}")
+        wait_until(lambda: not any(map(_is_running, [pid, *workers])), f"the end of {workers}")
 
     return end
 
@@ -171,12 +176,7 @@ def find_reader(
         found: list[int] = []
 
         def look() -> bool:
-            workers = [
-                pid
-                for pid in _find_descendants(os.getpid())
-                if _read_process_file(pid, "cmdline").startswith("ray::MapWorker")
-            ]
-            found[:] = [pid for pid in workers if _has_open(pid, path)]
+            found[:] = [pid for pid in _find_workers(os.getpid()) if _has_open(pid, path)]
             return bool(found)
 
         wait_until(look, f"a reader of {path}")
@@ -232,6 +232,12 @@ def _find_parent(pid: int) -> int:
     """0 when there is none."""
     fields = _read_process_file(pid, "stat").rpartition(")")[2].split()
     return int(fields[1]) if fields else 0
+
+
+def _find_workers(root: int) -> list[int]:
+    """The processes below one that run an engine."""
+    below = _find_descendants(root)
+    return [pid for pid in below if _read_process_file(pid, "cmdline").startswith("ray::MapWorker")]
 
 
 def _find_descendants(root: int) -> list[int]:

@@ -33,8 +33,8 @@ def ray_nodes(undisturbed: Results) -> Iterator[Any]:
 
     # Settings of the session's Ray, its token among them, hold for this one too: see `connect`.
     assert os.environ["RAY_AUTH_MODE"] == "token"
-    size = {"object_store_memory": 80_000_000, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **size})
+    size: dict[str, Any] = {"object_store_memory": 80_000_000, "include_dashboard": False}
+    cluster: Any = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **size})
     try:
         # A driver connects to any node of its own address; that must be the head.
         for address in ("127.0.0.2", "127.0.0.3"):

@@ -60,7 +60,7 @@ def test_table_of_requests_adds_up(sheet: str) -> None:
     for images, parts, gets, puts, deletes, lists, files in rows:
         # 1,024 + 4,096 images in 128 parts; the other 4,880 fill 19 parts of 256, and 16 are left.
         assert parts == (128 + 20 if images == 10**4 else count_parts(images))
-        assert gets == images + parts
+        assert gets == images + 2 * parts
         assert puts == deletes == 2 * parts
         assert lists == images // 1000
         assert files == -(-parts // 500)
@@ -75,8 +75,8 @@ def test_manifest_has_500_parts_per_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        ("", {"GetObject": 1, "PutObject": 2, "DeleteObject": 2}),
-        ("broken", {"GetObject": 1, "PutObject": 3, "DeleteObject": 1}),
+        ("", {"GetObject": 2, "PutObject": 2, "DeleteObject": 2}),
+        ("broken", {"GetObject": 2, "PutObject": 3, "DeleteObject": 1}),
     ],
     ids=["no errors", "errors"],
 )
@@ -84,6 +84,8 @@ def test_requests_per_part_are_those_of_the_sheet(
     error: str, expected: dict[str, int], s3_bucket: str
 ) -> None:
     asked: list[str] = []
+    files = RunFiles(s3_bucket, Storage())
+    files.write_record({"run_id": "r"})
 
     def note(model: Any, **_: Any) -> None:
         asked.append(model.name)
@@ -93,7 +95,7 @@ def test_requests_per_part_are_those_of_the_sheet(
     attempts = PartAttempts(s3_bucket, 0, Storage())
     attempts.begin()
     (source,) = make_sources(1)
-    RunFiles(s3_bucket, Storage()).commit(0, [ImageResult(source, 4, 4, error=error)])
+    files.commit(0, [ImageResult(source, 4, 4, error=error)], run_id="r")
     attempts.end()
     events.unregister("before-parameter-build.s3", note)
     assert Counter(asked) == expected
@@ -108,9 +110,9 @@ def test_dollars_follow_from_the_prices(sheet: str) -> None:
     (on_demand, spot), (get,), (put,) = (read_price(sheet, sign) for sign in "PGW")
     (rate,) = re.findall(r"\*\*assumed (\d+)\*\*", sheet)
     gpu = [price * 1e6 / (3600 * int(rate)) for price in (on_demand, spot)]
-    requests = 1000 * get + put + (2 * put + get)
+    requests = 1000 * get + put + (2 * put + 2 * get)
     terms = "{:.3f} + {:.3f} + {:.3f} + {:.4f} = **{:.2f} on demand**"
-    text = terms.format(gpu[0], 1000 * get, put, 2 * put + get, gpu[0] + requests)
+    text = terms.format(gpu[0], 1000 * get, put, 2 * put + 2 * get, gpu[0] + requests)
     assert text in sheet
     assert f"{gpu[1]:.3f} + {requests:.3f} = **{gpu[1] + requests:.2f} on spot**" in sheet
     # A thousand times as many images; parts are 1,000,314.

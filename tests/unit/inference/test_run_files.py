@@ -173,3 +173,15 @@ def test_remove_all_deletes_the_run_and_nothing_else(run_files: RunFiles) -> Non
     run_files.storage.write_bytes(f"{run_files.root}/mine.txt", b"keep")
     run_files.remove_all()
     assert read_all(run_files) == {"/mine.txt": b"keep"}
+
+
+def test_commit_writes_nothing_when_another_run_has_begun(run_files: RunFiles) -> None:
+    run_files.write_record({"run_id": "mine"})
+    run_files.commit(0, make_results(0), run_id="mine")
+    before = read_all(run_files)
+    run_files.write_record({"run_id": "later"})
+    with pytest.raises(StorageError, match="part 1 belongs to run mine, which is here no longer"):
+        run_files.commit(1, make_results(1), run_id="mine")
+    after = read_all(run_files)
+    assert {name for name in after if name in before} == set(before)
+    assert run_files.list_committed() == {0}
