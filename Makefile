@@ -3,9 +3,11 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+# Most tests wait for processes to start: two at a time use two cores.
+TEST_PROCESSES ?= 2
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test check unit format benchmark clean
+.PHONY: help install demo test check unit format benchmark rehearsal clean
 
 help:
 	@echo "make demo [DATA=folder]  train, export, infer over S3 and evaluate, with embedded data"
@@ -13,6 +15,7 @@ help:
 	@echo "make check               formatting, lint, types, unit and architecture tests"
 	@echo "make install             create $(VENV) from requirements.lock"
 	@echo "make format              format the code"
+	@echo "make rehearsal           a cluster of several nodes on this machine, and what it survives"
 	@echo "make benchmark           run tests/benchmarks and print the tables"
 	@echo "make clean               remove $(VENV) and everything that commands have made here"
 
@@ -39,7 +42,7 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not gpu" -n $(TEST_PROCESSES) --dist loadfile
 
 unit: install
 	$(BIN)/python -m pytest -q tests/unit
@@ -50,6 +53,9 @@ format: install
 
 benchmark: install
 	$(BIN)/python tests/benchmarks/run.py $(ARGS)
+
+rehearsal: install
+	$(BIN)/python cluster/rehearsal/rehearsal.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist demo_run .pytest_cache .mypy_cache .ruff_cache

@@ -1,13 +1,12 @@
 r"""Score a model, or a detections file, against ground truth.
 
 On a cluster, from the repository root:
-    ray job submit --address http://HEAD:8265 --working-dir . \
-        --runtime-env-json '{"env_vars": {"PYTHONPATH": "platform"}}' -- \
+    ray job submit --address http://HEAD:8265 --working-dir . -- \
         python jobs/evaluate.py /mnt/shared/cells.onnx \
             --images s3://bucket/test/ --annotations /mnt/shared/test.json
 
 On this machine:
-    PYTHONPATH=platform python jobs/evaluate.py cells.pth \
+    python jobs/evaluate.py cells.pth \
         --images data/test --annotations data/test.json
 
 Same as `retinaray evaluate`; `--help` lists every setting. The last line of stdout is one JSON
@@ -16,6 +15,10 @@ on the import path.
 """
 
 import sys
+from pathlib import Path
+
+# The package as it lies beside this folder, which is what `--working-dir .` brings to a cluster.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
 from retinaray.cli import run_verb
 

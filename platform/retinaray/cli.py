@@ -29,19 +29,24 @@ from retinaray.errors import (
 if TYPE_CHECKING:
     from retinaray.config.loading import Request, Verbosity
     from retinaray.config.nodes import Job
+    from retinaray.log_format import LogFormat
 
 INTERRUPTED = 130
 EXIT_CODES = """\
 exit codes:
   0    done
-  1    the job failed (cluster, storage, export, runtime), or doctor found faults
+  1    the job failed (cluster, storage, export, runtime), or doctor or plan found faults
   2    nothing to run: wrong settings, or an input that cannot be read
   130  stopped by Ctrl-C
 
-The last line of stdout is one JSON object; everything else goes to stderr."""
+The last line of stdout is one JSON object; everything else goes to stderr.
+--log-format json (or RETINARAY_LOG_FORMAT=json) makes each line of stderr a JSON object, too."""
 
 _USERS_INPUT = (ConfigError, DatasetError, CheckpointError, ImageError, MissingFileError)
 _HANDLER_NAME = "retinaray-cli"
+_LOG_FORMAT = "--log-format"
+
+logger = logging.getLogger(__name__)
 
 
 class Outcome(Protocol):
@@ -114,6 +119,11 @@ VERBS: dict[str, Verb] = {
         "retinaray.distributed.batch_inference:run_inference",
         "run a model over very many images with Ray Data",
     ),
+    "plan": Verb(
+        "retinaray.config.plan_schema:PlanJob",
+        "retinaray.assembly.job_plan:run_plan",
+        "say what a job will take and what is missing, before it starts",
+    ),
     "anchors": Verb(
         "retinaray.config.sweep_schema:AnchorsJob",
         "retinaray.assembly.anchors:run_anchors",
@@ -167,37 +177,55 @@ def run_verb(verb: str, argv: Sequence[str]) -> int:
         and leaves with its traceback.
     """
     verbosity: Verbosity = "normal"
+    log_format: LogFormat = "text"
     hint = f"retinaray {verb} --help"
     try:
-        request = _read_request(verb, argv)
+        log_format, rest = _take_log_format(argv)
+        request = _read_request(verb, rest)
         verbosity = request.verbosity
         if request.job is None:
             _print(request.printout)
             return 0
-        configure_logging(verbosity)
+        configure_logging(verbosity, log_format, verb=verb)
         outcome = _run(verb, request.job)
     except RetinarayError as error:
-        _complain(error, hint, verbosity=verbosity)
+        if log_format == "json":
+            _log_last(verb, str(error), error)
+        else:
+            _complain(error, hint, verbosity=verbosity)
         return 2 if isinstance(error, _USERS_INPUT) else 1
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped by Ctrl-C\n")
+    except KeyboardInterrupt as error:
+        if log_format == "json":
+            _log_last(verb, "stopped by Ctrl-C", error)
+        else:
+            sys.stderr.write("stopped by Ctrl-C\n")
         return INTERRUPTED
-    if request.is_table_wanted:
+    if request.is_table_wanted and log_format == "text":
         sys.stderr.write(f"{outcome.to_text().rstrip()}\n")
         sys.stderr.flush()
     _print(f"{outcome.to_json()}\n")
     return outcome.exit_code
 
 
-def configure_logging(verbosity: Verbosity) -> None:
-    """Send the log to stderr: with colours on a terminal, as plain lines elsewhere.
+def configure_logging(
+    verbosity: Verbosity, log_format: LogFormat = "text", *, verb: str = ""
+) -> None:
+    """Send the log to stderr: with colours on a terminal, as plain lines elsewhere, or as JSON.
 
     Args:
         verbosity: "quiet" shows warnings and errors, "normal" also retinaray's information,
             "verbose" also its debugging lines. Other packages log warnings and errors only.
+        log_format: "json" writes one object per line, on a terminal too, also for what Python's
+            `warnings` says.
+        verb: The command, for the JSON lines.
     """
     handler: logging.Handler
-    if sys.stderr.isatty():
+    if log_format == "json":
+        from retinaray.log_format import make_json_handler
+
+        handler = make_json_handler({"verb": verb})
+        logging.captureWarnings(True)
+    elif sys.stderr.isatty():
         from rich.console import Console
         from rich.logging import RichHandler
 
@@ -212,6 +240,41 @@ def configure_logging(verbosity: Verbosity) -> None:
     root.addHandler(handler)
     levels = {"quiet": logging.WARNING, "normal": logging.INFO, "verbose": logging.DEBUG}
     logging.getLogger("retinaray").setLevel(levels[verbosity])
+
+
+def _take_log_format(argv: Sequence[str]) -> tuple[LogFormat, list[str]]:
+    """The format of the log, and the arguments without the option that names it.
+
+    Raises:
+        ConfigError: If the option or the environment variable names no format.
+    """
+    from retinaray.log_format import FORMATS, VARIABLE
+
+    rest = list(argv)
+    source, chosen = VARIABLE, os.environ.get(VARIABLE) or "text"
+    end = rest.index("--") if "--" in rest else len(rest)
+    for index, token in enumerate(rest[:end]):
+        name, equals, value = token.partition("=")
+        if name == _LOG_FORMAT:
+            taken = [token] if equals else rest[index : min(index + 2, end)]
+            source, chosen = _LOG_FORMAT, value if equals else "".join(taken[1:])
+            del rest[index : index + len(taken)]
+            break
+    for log_format in FORMATS:
+        if chosen == log_format:
+            return log_format, rest
+    raise ConfigError(f"{source}={chosen}: expected one of {', '.join(FORMATS)}")
+
+
+def _log_last(verb: str, text: str, error: BaseException) -> None:
+    """Say in a JSON line why the command ends; with the traceback where debugging is logged."""
+    from retinaray.log_format import describe_worker_log
+
+    # A wrong setting ends the command before its log is set up.
+    if describe_worker_log() is None:
+        configure_logging("normal", "json", verb=verb)
+    is_debugged = logger.isEnabledFor(logging.DEBUG)
+    logger.error("%s", text, exc_info=error if is_debugged else None)
 
 
 def _read_request(verb: str, argv: Sequence[str]) -> Request[Job]:

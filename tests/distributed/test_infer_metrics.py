@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import ray
 
+from retinaray.assembly.job_plan_workers import ClusterSize
 from retinaray.distributed import spilling
 from retinaray.distributed.infer_metrics import InferMetrics
-from retinaray.distributed.resources import ClusterSize
 from retinaray.distributed.spilling import SpillWatch, read_spilled_bytes
 from retinaray.errors import ClusterError
 from retinaray.inference.run_pace import PartReport

@@ -13,6 +13,7 @@ import pytest
 import ray
 from ray.exceptions import NodeDiedError, ObjectLostError
 
+from retinaray.assembly.job_plan_workers import ClusterSize
 from retinaray.data.transforms import Placement
 from retinaray.distributed.remote_decoding import (
     DecodePlacement,
@@ -20,7 +21,6 @@ from retinaray.distributed.remote_decoding import (
     RemoteDecoder,
     load_group,
 )
-from retinaray.distributed.resources import ClusterSize
 from retinaray.errors import ClusterError, ImageError, MissingFileError, StorageError
 from retinaray.inference.canvas_loading import LoadedCanvas, ReadSettings, load_canvas
 from retinaray.inference.image_sources import ImageSource

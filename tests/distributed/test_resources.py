@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from retinaray.distributed.resources import (
+from retinaray.assembly.job_plan_workers import (
     ClusterSize,
     WorkerPlan,
-    connect,
     plan_inference,
     plan_training,
 )
+from retinaray.distributed.resources import connect
 from retinaray.errors import ClusterError
 
 LAPTOP = ClusterSize(num_cpus=2, num_gpus=0, num_nodes=1, is_local=True)

@@ -11,12 +11,12 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from retinaray.assembly.job_plan_workers import WorkerPlan
 from retinaray.assembly.training import hash_settings, make_anchor_spec
 from retinaray.config.loading import to_dict
 from retinaray.config.schema import TrainJob
 from retinaray.data.coco import CocoDataset, load_coco
 from retinaray.detector.anchors import hash_anchors, make_anchors
-from retinaray.distributed.resources import WorkerPlan
 from retinaray.distributed.sweep_results import (
     TrialRecord,
     check_applied,

@@ -228,7 +228,7 @@ def test_main_lists_every_verb_in_one_line(
     assert text.startswith(f"retinaray {__version__}: ")
     lines = re.findall(r"^  ([a-z]+) +(\S.*)$", text, flags=re.MULTILINE)
     assert lines == [(name, verb.help) for name, verb in cli.VERBS.items()]
-    assert len(lines) == 11
+    assert len(lines) == 12
 
 
 def test_main_prints_the_version(capsys: pytest.CaptureFixture[str]) -> None:

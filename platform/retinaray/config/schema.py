@@ -35,6 +35,7 @@ from retinaray.config.nodes import (
     Size,
 )
 from retinaray.config.parity_schema import ParityJob, ToleranceConfig
+from retinaray.config.plan_schema import PlanJob
 from retinaray.config.sweep_schema import AnchorsJob, SweepConfig, TuneJob
 from retinaray.config.training_schema import (
     AnchorConfig,
@@ -42,6 +43,7 @@ from retinaray.config.training_schema import (
     LossConfig,
     ModelConfig,
     OptimConfig,
+    TrackingConfig,
     TrainDataConfig,
     TrainJob,
     TrainRunConfig,
@@ -74,6 +76,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "ParityJob",
+    "PlanJob",
     "ReadingConfig",
     "SelectionConfig",
     "Size",
@@ -81,6 +84,7 @@ __all__ = [
     "ThresholdsJob",
     "TilingConfig",
     "ToleranceConfig",
+    "TrackingConfig",
     "TrainDataConfig",
     "TrainJob",
     "TrainRunConfig",
@@ -97,6 +101,7 @@ JOBS: tuple[type[Job], ...] = (
     ParityJob,
     BundleJob,
     InferJob,
+    PlanJob,
     AnchorsJob,
     DoctorJob,
     DemoJob,

@@ -312,6 +312,36 @@ class TrainRunConfig(Config):
         return self
 
 
+class TrackingConfig(Config):
+    """Trackers of experiments that are told of a run, besides the files in its folder."""
+
+    mlflow: Annotated[bool, Flag("--mlflow")] = False
+    """Report settings, metrics, the outcome and its files to MLflow (pip install
+    'retinaray[mlflow]')."""
+    mlflow_uri: Annotated[Location | None, Flag("--mlflow-uri", metavar="URI")] = None
+    """MLflow's server or store; none = MLFLOW_TRACKING_URI, else mlflow.db in this folder."""
+    wandb: Annotated[bool, Flag("--wandb")] = False
+    """Report the same to Weights & Biases (pip install 'retinaray[wandb]'); WANDB_MODE=offline
+    keeps it in the run folder."""
+    experiment: Annotated[Location, Flag("--experiment", metavar="NAME")] = "retinaray"
+    """MLflow's experiment and Weights & Biases' project."""
+    upload_model: Annotated[bool, Flag("--upload-model")] = True
+    """Hand the kept weights to the trackers too, not only their path."""
+
+    @model_validator(mode="after")
+    def _check_fields_together(self) -> TrackingConfig:
+        require(
+            [
+                (
+                    self.mlflow or self.mlflow_uri is None,
+                    f"tracking.mlflow_uri={self.mlflow_uri} (--mlflow-uri) without tracking.mlflow "
+                    "would not be used: add --mlflow",
+                ),
+            ]
+        )
+        return self
+
+
 class TrainJob(Job):
     """Train a RetinaNet with Ray Train and keep the best weights."""
 
@@ -335,6 +365,7 @@ class TrainJob(Job):
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     run: TrainRunConfig = TrainRunConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
     def _check_sections_together(self) -> TrainJob:

@@ -26,6 +26,7 @@ from retinaray.inference.output_formats import OutputSettings, read_output_name
 from retinaray.inference.predictor import choose_backend
 from retinaray.inference.run_files import RunFiles, RunTotals
 from retinaray.inference.run_lock import RunLock
+from retinaray.log_format import log_fields
 from retinaray.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ def _drive(
     """Bring a run that nobody else drives to its end."""
     storage = files.storage
     num_parts = record["num_parts"]
-    with connect(min_cpus=2) as cluster:
+    with log_fields(run_id=record["run_id"]), connect(min_cpus=2) as cluster:
         backend, reason = choose_backend(
             model_kind(job.model), job.backend, has_gpu=cluster.num_gpus > 0
         )

@@ -35,6 +35,7 @@ from retinaray.inference.run_pace import PartReport
 from retinaray.inference.shared_predictor import share_predictor
 from retinaray.inference.source_reading import make_source_reader
 from retinaray.inference.stage_times import STAGE_FIELDS, StageClock
+from retinaray.log_format import start_worker_log
 from retinaray.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -53,17 +54,14 @@ RECEIPT_SCHEMA = pa.schema(
     ]
 )
 
-PARTS_AT_ONCE = 2
-"""Parts that a worker has in hand: one is read and committed while the engine has the other."""
-
 
 class DetectWorker:
     """Loads the model once, then processes one part per call; calls may come from several threads.
 
     Args:
         job: A resolved InferJob as plain values.
-        record: Of the run: its run_id, its backend, and draw_limit, of the hashes of the images
-            that are drawn.
+        record: Of the run: its run_id, its backend, draw_limit, of the hashes of the images that
+            are drawn, and log, how workers log.
         root: Folder or S3 prefix of the run.
         output: What the run writes.
         threads: Processor threads of the engine.
@@ -105,6 +103,7 @@ class DetectWorker:
         self._turns = PartTurns()
         self._metrics = InferMetrics(self._run_id, record["backend"])
         self._name = f"{socket.gethostname()}:{os.getpid()}"
+        start_worker_log(record.get("log"), run_id=self._run_id, worker=self._name)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Process the parts in some rows; parts that are committed already give no receipt.

@@ -7,14 +7,13 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
+from retinaray.assembly.job_plan_workers import DECODE_GROUP
 from retinaray.assembly.reading import make_read_settings
 from retinaray.config.schema import InferJob
 from retinaray.distributed.remote_decoding import DecodePlacement, RemoteDecoder
 from retinaray.inference.canvas_loading import CanvasLoader, load_canvas
 from retinaray.inference.gpu_decoding import GpuJpegLoader
 from retinaray.inference.stage_times import StageClock
-
-_GROUP = 8
 
 
 @dataclass(frozen=True)
@@ -61,11 +60,11 @@ def open_loader(
         elsewhere = RemoteDecoder(
             load=partial(load_canvas, canvas=canvas, read=read, settings=settings),
             num_tasks=num_tasks,
-            group=_GROUP,
+            group=DECODE_GROUP,
             threads=job.reading.threads,
             placement=DecodePlacement(resources={resource: 1} if resource else {}),
         )
         with closing(elsewhere):
-            yield PartLoader(elsewhere, ahead=num_tasks * _GROUP)
+            yield PartLoader(elsewhere, ahead=num_tasks * DECODE_GROUP)
     else:
         yield PartLoader()

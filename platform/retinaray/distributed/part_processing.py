@@ -9,10 +9,15 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
+from retinaray.assembly.job_plan_workers import (
+    PARTS_AT_ONCE,
+    ClusterSize,
+    WorkerPlan,
+    plan_inference,
+)
 from retinaray.config.loading import to_dict
 from retinaray.config.schema import InferJob
-from retinaray.distributed.detect_worker import PARTS_AT_ONCE, DetectWorker
-from retinaray.distributed.resources import ClusterSize, WorkerPlan, plan_inference
+from retinaray.distributed.detect_worker import DetectWorker
 from retinaray.distributed.spilling import SpillWatch
 from retinaray.errors import ClusterError
 from retinaray.inference.bottleneck import WorkerPool
@@ -21,6 +26,7 @@ from retinaray.inference.part_attempts import MAX_ATTEMPTS
 from retinaray.inference.run_files import RunFiles
 from retinaray.inference.run_lock import RunLock
 from retinaray.inference.run_pace import PartReport, RunPace
+from retinaray.log_format import describe_worker_log
 from retinaray.reporting.inference_progress import InferenceView
 from retinaray.storage import is_s3
 
@@ -167,7 +173,10 @@ def _lay_out(
             max_task_retries=MAX_ATTEMPTS,
             fn_constructor_kwargs={
                 "job": to_dict(job),
-                "record": {key: record[key] for key in ("run_id", "backend", "draw_limit")},
+                "record": {
+                    **{key: record[key] for key in ("run_id", "backend", "draw_limit")},
+                    "log": describe_worker_log(),
+                },
                 "root": files.root,
                 "output": files.output,
                 "threads": plan.num_threads,

@@ -1,17 +1,27 @@
-"""Reaching Ray, and deciding how much of it a job takes. Only `connect` talks to Ray."""
+"""Reaching Ray: the cluster that is there, or one of our own for the length of a command."""
 
 from __future__ import annotations
 
 import logging
-import math
 import os
 import secrets
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
 
+from retinaray.assembly.job_plan_workers import ClusterSize
+from retinaray.distributed.cluster_versions import explain_mismatch, refuse_other_versions
+from retinaray.distributed.run_links import (
+    Submission,
+    announce,
+    find_uploaded_root,
+    read_submission,
+)
 from retinaray.errors import ClusterError
 from retinaray.machine import count_cores
 
@@ -19,126 +29,10 @@ logger = logging.getLogger(__name__)
 
 # Enough for the manifests and receipts that pass through it; pixels never do.
 _OBJECT_STORE_BYTES = 512 * 1024 * 1024
-_CPU_THREADS_PER_ENGINE = 2
 _CONNECT_TIMEOUT_S = 10.0
-
-
-@dataclass(frozen=True)
-class ClusterSize:
-    """What a Ray cluster offers in all.
-
-    Attributes:
-        num_cpus: Logical processors.
-        num_gpus: GPUs.
-        num_nodes: Machines.
-        is_local: Whether the cluster was started by and for this command.
-    """
-
-    num_cpus: float
-    num_gpus: float
-    num_nodes: int
-    is_local: bool
-
-
-@dataclass(frozen=True)
-class WorkerPlan:
-    """How many worker processes run, and what each takes.
-
-    Attributes:
-        num_workers: Processes.
-        num_cpus: Logical processors that each reserves.
-        num_gpus: GPUs that each reserves, at most 1; 0 without any.
-        num_threads: Threads that each computes with.
-    """
-
-    num_workers: int
-    num_cpus: float
-    num_gpus: float
-    num_threads: int
-
-
-def plan_training(num_workers: int, cluster: ClusterSize) -> WorkerPlan:
-    """Resources of the training workers: one GPU each where there are any, else processors.
-
-    Raises:
-        ClusterError: If the cluster has GPUs but fewer than workers, or fewer processors than
-            workers.
-    """
-    if cluster.num_gpus and cluster.num_gpus < num_workers:
-        raise ClusterError(
-            f"run.workers={num_workers} needs {num_workers} GPUs, the cluster has "
-            f"{cluster.num_gpus:g}: "
-            "lower --workers or add GPU nodes"
-        )
-    if cluster.num_cpus < num_workers:
-        raise ClusterError(
-            f"run.workers={num_workers} needs {num_workers} CPUs, the cluster has "
-            f"{cluster.num_cpus:g}: "
-            "lower --workers or add nodes"
-        )
-    threads = max(1, int(cluster.num_cpus / num_workers))
-    num_gpus = 1 if cluster.num_gpus else 0
-    return WorkerPlan(num_workers=num_workers, num_cpus=1, num_gpus=num_gpus, num_threads=threads)
-
-
-def plan_inference(
-    num_workers: int | None,
-    num_parts: int,
-    cluster: ClusterSize,
-    *,
-    gpus_per_worker: float = 1.0,
-    decode_cpus: int = 0,
-) -> WorkerPlan:
-    """Resources of the engine workers; one processor at least stays free for Ray Data itself.
-
-    Args:
-        num_workers: As asked for; none = as many as the GPUs hold, or one per two processors
-            without GPUs.
-        num_parts: Units of work: more workers than these would idle.
-        cluster: What there is.
-        gpus_per_worker: Part of a GPU that each takes: 1, or 1 divided by a whole number.
-        decode_cpus: Processors that decode for all workers, and are not theirs.
-
-    Raises:
-        ClusterError: If the cluster has GPUs but not enough for the workers, or too few processors.
-    """
-    num_gpus = _share_gpu(gpus_per_worker) if cluster.num_gpus else 0.0
-    capacity = int(cluster.num_gpus) * round(1 / gpus_per_worker)
-    if num_workers is None:
-        by_cpu = max(1, int(cluster.num_cpus // _CPU_THREADS_PER_ENGINE))
-        num_workers = capacity or by_cpu
-    elif cluster.num_gpus and capacity < num_workers:
-        raise ClusterError(
-            f"workers={num_workers} of {gpus_per_worker:g} GPUs each do not fit on the "
-            f"{cluster.num_gpus:g} GPUs of the cluster: lower --workers or --gpus-per-worker, or "
-            "add GPU nodes"
-        )
-    num_workers = max(1, min(num_workers, num_parts))
-    if decode_cpus and cluster.num_cpus < decode_cpus + 1:
-        # Tasks that no node can take wait for ever, without an error.
-        raise ClusterError(
-            f"decoding.num_cpus={decode_cpus} leaves none of {cluster.num_cpus:g} CPUs to Ray and "
-            "to the engines: lower --decode-cpus or add CPU nodes"
-        )
-    # Ray Data stalls without an error when its actors hold every logical CPU.
-    free = max(0.5, cluster.num_cpus - decode_cpus - 1)
-    num_cpus = min(1.0, int(100 * free / num_workers) / 100)
-    if num_cpus < 0.01:
-        raise ClusterError(
-            f"workers={num_workers} is too many for {cluster.num_cpus:g} CPUs: lower --workers "
-            "or add nodes"
-        )
-    return WorkerPlan(
-        num_workers=num_workers,
-        num_cpus=num_cpus,
-        num_gpus=num_gpus,
-        num_threads=max(1, int(cluster.num_cpus / num_workers)),
-    )
-
-
-def _share_gpu(gpus_per_worker: float) -> float:
-    """What Ray is asked for: it counts in 1/10000, and of a third rounded up only two fit."""
-    return math.floor(10_000 / round(1 / gpus_per_worker)) / 10_000
+# What a shell reports for a program that SIGTERM ended.
+_TERMINATED = 128 + signal.SIGTERM
+_SOURCE_ROOT = Path(__file__).resolve().parents[2]
 
 
 @contextmanager
@@ -152,26 +46,34 @@ def connect(*, min_cpus: int = 1) -> Iterator[ClusterSize]:
         What the cluster offers. An own cluster is stopped afterwards.
 
     Raises:
-        ClusterError: If Ray cannot be reached or started.
+        ClusterError: If Ray cannot be reached or started, or runs other versions than we do.
+        SystemExit: In the block, when SIGTERM comes, as from `ray job stop`.
     """
     _prepare_environment()
     import ray
 
-    was_connected = ray.is_initialized()
     address = os.environ.get("RAY_ADDRESS")
-    if not was_connected:
-        _start(address, min_cpus)
+    if ray.is_initialized():
+        yield _measure(address)
+        return
+    _start(address, min_cpus)
     try:
-        totals = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        yield ClusterSize(
-            num_cpus=totals.get("CPU", 0),
-            num_gpus=totals.get("GPU", 0),
-            num_nodes=_count_nodes(),
-            is_local=address is None,
-        )
+        with _stop_on_sigterm():
+            yield _measure(address)
     finally:
-        if not was_connected:
-            ray.shutdown()
+        ray.shutdown()
+
+
+def _measure(address: str | None) -> ClusterSize:
+    import ray
+
+    totals = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return ClusterSize(
+        num_cpus=totals.get("CPU", 0),
+        num_gpus=totals.get("GPU", 0),
+        num_nodes=_count_nodes(),
+        is_local=address is None,
+    )
 
 
 def _count_nodes() -> int:
@@ -179,6 +81,31 @@ def _count_nodes() -> int:
 
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return sum(bool(node["Alive"]) for node in nodes)
+
+
+@contextmanager
+def _stop_on_sigterm() -> Iterator[None]:
+    """Leave the block when SIGTERM comes: locks are given back, logs and curves are written.
+
+    Ray's own handler says nothing, and that of a cluster of our own first waits half a minute.
+    `ray job stop` kills after three seconds; what had no time to happen, the next start makes up.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, _frame: FrameType | None) -> NoReturn:
+        signal.signal(number, signal.SIG_IGN)
+        logger.warning(
+            "stopped by SIGTERM; the same command goes on from the last checkpoint or part"
+        )
+        raise SystemExit(_TERMINATED)
+
+    earlier = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
 
 
 def _start(address: str | None, min_cpus: int) -> None:
@@ -190,26 +117,28 @@ def _start(address: str | None, min_cpus: int) -> None:
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
     if address is not None:
-        _refuse_dead_address(address)
+        _refuse_wrong_address(address)
     try:
         if address is not None:
-            logger.info("connecting to Ray at %s", address)
-            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
+            _join(address)
             return
         num_cpus = max(count_cores(), min_cpus)
         logger.info("starting Ray on this machine (%d CPUs)", num_cpus)
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            logging_level=logging.WARNING,
-            log_to_driver=False,
-        )
+        with _show_code():
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                logging_level=logging.WARNING,
+                log_to_driver=False,
+            )
     # Ray reports some failures, such as too slow a start, as bare Exceptions.
     except Exception as error:
         if address is not None:
-            text = f"cannot reach Ray at {address} (RAY_ADDRESS): {error}"
+            text = explain_mismatch(str(error), address) or (
+                f"cannot reach Ray at {address} (RAY_ADDRESS): {error}"
+            )
         else:
             text = (
                 f"cannot start Ray on this machine: {error}\nRun the command again when the "
@@ -218,13 +147,66 @@ def _start(address: str | None, min_cpus: int) -> None:
         raise ClusterError(text) from error
 
 
-def _refuse_dead_address(address: str) -> None:
+def _join(address: str) -> None:
+    """Connect to a cluster that is there, and say where it can be watched."""
+    import ray
+
+    logger.info("connecting to Ray at %s", address)
+    submission = read_submission(os.environ)
+    context = ray.init(
+        address=address,
+        runtime_env=_share_code(submission),
+        logging_level=logging.WARNING,
+        log_to_driver=False,
+    )
+    announce(context.dashboard_url, ray.get_runtime_context().get_job_id(), submission)
+
+
+def _share_code(submission: Submission | None) -> dict[str, Any] | None:
+    """What workers need to import this very package; None when nodes have it, or the user said.
+
+    Nothing else goes this way: everybody who sees the cluster's list of jobs can read it.
+    """
+    given: frozenset[str] = frozenset()
+    if submission is not None:
+        given = submission.fields | submission.env_names
+    if _is_installed() or given & {"PYTHONPATH", "py_modules"}:
+        return None
+    root = find_uploaded_root(_SOURCE_ROOT) if submission is not None else None
+    if root is not None:
+        # Ray puts the root of the upload on the import path; the package is one level deeper.
+        return {"env_vars": {"PYTHONPATH": root}}
+    return {"py_modules": [str(_SOURCE_ROOT / "retinaray")]}
+
+
+def _is_installed() -> bool:
+    return _SOURCE_ROOT.name in ("site-packages", "dist-packages")
+
+
+@contextmanager
+def _show_code() -> Iterator[None]:
+    """Let a cluster that is started in this block find the package where this process did."""
+    earlier = os.environ.get("PYTHONPATH")
+    if not _is_installed():
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_SOURCE_ROOT), earlier)))
+    try:
+        yield
+    finally:
+        if earlier is None:
+            os.environ.pop("PYTHONPATH", None)
+        else:
+            os.environ["PYTHONPATH"] = earlier
+
+
+def _refuse_wrong_address(address: str) -> None:
     """Try the address first: Ray itself tries for minutes before it says that nobody is there.
 
     Raises:
-        ClusterError: If it names a host and a port at which nobody listens.
+        ClusterError: If it names a host and a port at which nobody listens, or a cluster of other
+            versions.
     """
-    host, _, port = address.rpartition("://")[2].partition("/")[0].rpartition(":")
+    scheme, _, rest = address.rpartition("://")
+    host, _, port = rest.partition("/")[0].rpartition(":")
     if not host or not port.isdecimal():
         return
     try:
@@ -234,6 +216,8 @@ def _refuse_dead_address(address: str) -> None:
             f"cannot reach Ray at {address} (RAY_ADDRESS): {error}; start the cluster, correct the "
             "address, or unset RAY_ADDRESS to use this machine alone"
         ) from error
+    if not scheme:
+        refuse_other_versions(address)
 
 
 def _prepare_environment() -> None:

@@ -7,14 +7,16 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from retinaray.assembly.coverage_check import check_coverage
+from retinaray.assembly.job_plan_workers import WorkerPlan, plan_training
 from retinaray.assembly.provenance import collect_versions, make_run_id
 from retinaray.assembly.reading import make_reader
+from retinaray.assembly.tracking import check_tracking, make_experiment_run, make_loggers
 from retinaray.assembly.training import (
     TrainingInputs,
     check_objective,
@@ -24,9 +26,12 @@ from retinaray.assembly.training import (
 )
 from retinaray.config.loading import to_dict
 from retinaray.config.schema import TrainJob
-from retinaray.distributed.resources import WorkerPlan, connect, plan_training
+from retinaray.config.training_schema import TrackingConfig
+from retinaray.distributed.resources import connect
 from retinaray.distributed.run_settings import compare_settings
 from retinaray.errors import ConfigError
+from retinaray.log_format import log_fields
+from retinaray.reporting.experiment_loggers import ExperimentRun
 from retinaray.reporting.training_log import TrainingLog
 from retinaray.reporting.training_progress import TrainingView
 from retinaray.storage import Storage, is_s3
@@ -43,6 +48,9 @@ _FREE_SETTINGS = (
     "run.strict_anchors",
     "data.loader_processes",
     "reading.threads",
+    # As a whole, because the records of older runs do not have it.
+    "tracking",
+    *(f"tracking.{name}" for name in TrackingConfig.model_fields),
 )
 
 
@@ -88,14 +96,17 @@ def run_training(job: TrainJob) -> TrainOutcome:
     """Train a detector; resumes by itself where an interrupted run of the same settings left off.
 
     Raises:
-        ConfigError: If the output is not local, or holds a run with other settings.
+        ConfigError: If the output is not local, or holds a run with other settings, or a tracker's
+            package is not installed.
         DatasetError: If the data cannot be learnt from.
         CheckpointError: If backbone weights cannot be used.
+        StorageError: If a tracker of experiments does not answer at the start.
         ClusterError: If the cluster is too small, or the training failed more often than allowed.
     """
     start = time.monotonic()
     if is_s3(job.output):
         raise ConfigError(f"output={job.output!r}: expected a local path for the weights file")
+    check_tracking(job.tracking)
     job = resolve_paths(job)
     inputs = read_inputs(job)
     folder = Path(job.output).with_suffix("")
@@ -104,10 +115,17 @@ def run_training(job: TrainJob) -> TrainOutcome:
     _announce(job, inputs)
     check_coverage(job, inputs)
     record = _open_run(job, folder)
-    with connect(min_cpus=job.run.workers) as cluster:
+    # The trackers are asked before a worker starts, and told last, when all files are there.
+    with (
+        log_fields(run_id=record["run_id"]),
+        _track(job, folder, record) as tracked,
+        connect(min_cpus=job.run.workers) as cluster,
+    ):
         plan = plan_training(job.run.workers, cluster)
         with TrainingLog(folder) as log, TrainingView() as view:
-            metrics = _fit(job, plan, folder, record, log, view)
+            handlers = (log.write, view.show, tracked.write)
+            metrics = _fit(job, plan, folder, record, handlers)
+        tracked.write({"kind": "kept", **metrics["kept"]})
     return TrainOutcome(
         model=job.output,
         run_folder=str(folder),
@@ -187,19 +205,32 @@ def _clear(folder: Path, *, is_asked_for: bool) -> None:
     folder.mkdir(parents=True)
 
 
+def _track(job: TrainJob, folder: Path, record: Mapping[str, Any]) -> ExperimentRun:
+    loggers = make_loggers(job.tracking, folder=folder, run_id=record["run_id"])
+    return make_experiment_run(
+        loggers,
+        # Settings of this command: a resumed run may have other workers than its record says.
+        {**record, "job": to_dict(job)},
+        verb="train",
+        folder=folder,
+        model=Path(job.output),
+        reports=[folder / name for name in ("run.json", "metrics.jsonl", "loss.png")],
+        is_model_wanted=job.tracking.upload_model,
+    )
+
+
 def _fit(
     job: TrainJob,
     plan: WorkerPlan,
     folder: Path,
     record: Mapping[str, Any],
-    log: TrainingLog,
-    view: TrainingView,
+    handlers: Sequence[Callable[[Mapping[str, Any]], None]],
 ) -> dict[str, Any]:
     from retinaray.distributed.train_run import run_workers
 
     def handle(event: dict[str, Any]) -> None:
-        log.write(event)
-        view.show(event)
+        for entry in handlers:
+            entry(event)
 
     result = run_workers(job, plan, folder=folder, run_id=record["run_id"], handle_event=handle)
     return _keep_weights(result, Path(job.output), folder)

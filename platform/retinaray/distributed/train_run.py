@@ -9,12 +9,14 @@ from typing import Any
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from retinaray.assembly.job_plan_workers import CHECKPOINTS_KEPT, WorkerPlan
 from retinaray.config.loading import to_dict
 from retinaray.config.schema import TrainJob
 from retinaray.distributed.reporting import follow_events
-from retinaray.distributed.resources import WorkerPlan
+from retinaray.distributed.train_metrics import TrainErrors
 from retinaray.distributed.train_worker import train_worker
 from retinaray.errors import ClusterError
+from retinaray.log_format import describe_worker_log
 
 RAY_RUN_NAME = "ray_train"
 
@@ -57,6 +59,7 @@ def run_workers(
     Raises:
         ClusterError: If the training failed more often than allowed, or made no checkpoint.
     """
+    errors: Any = TrainErrors(run_id)
     resources = {"CPU": plan.num_cpus, **({"GPU": 1} if plan.num_gpus else {})}
     with follow_events(handle_event) as board:
         trainer = (_TrialTrainer if is_trial else TorchTrainer)(
@@ -68,6 +71,7 @@ def run_workers(
                 "board": board,
                 "is_trial": is_trial,
                 "janitor": janitor,
+                "log": describe_worker_log(),
             },
             scaling_config=ray.train.ScalingConfig(
                 num_workers=plan.num_workers,
@@ -80,11 +84,11 @@ def run_workers(
                 storage_path=str(folder),
                 failure_config=ray.train.FailureConfig(max_failures=job.run.max_failures),
                 checkpoint_config=ray.train.CheckpointConfig(
-                    num_to_keep=2,
+                    num_to_keep=CHECKPOINTS_KEPT,
                     checkpoint_score_attribute="score",
                     checkpoint_score_order="max",
                 ),
-                callbacks=[*callbacks],
+                callbacks=[*callbacks, errors],
             ),
         )
         try:

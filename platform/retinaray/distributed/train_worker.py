@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from retinaray.artifact import ModelCard, dump_weights
+from retinaray.assembly.job_plan_workers import count_loaders
 from retinaray.assembly.training import (
     choose_autocast,
     hash_settings,
@@ -29,10 +32,14 @@ from retinaray.config.loading import load_from_dict
 from retinaray.config.schema import TrainJob
 from retinaray.detector.anchors import hash_anchors
 from retinaray.detector.retinanet import RetinaNet
+from retinaray.distributed.train_metrics import TrainMetrics
 from retinaray.distributed.validation import Validator, make_validator, rate
 from retinaray.evaluation.candidates import CandidateSet
+from retinaray.log_format import start_worker_log
 from retinaray.training.loop import Progress, run_loop
 from retinaray.training.state import CANDIDATES_FILE, STATE_FILE, WEIGHTS_FILE, TrainingState
+
+logger = logging.getLogger(__name__)
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -41,16 +48,15 @@ def train_worker(config: dict[str, Any]) -> None:
     Args:
         config: `job` (a resolved TrainJob as plain values), `run_id`, `threads`, `board` (an
             EventBoard actor), `is_trial` (keep raw candidates, measure the latency), `janitor` (a
-            Janitor actor for a trial; None otherwise).
+            Janitor actor for a trial; None otherwise), `log` (how the driver logs).
     """
     torch.set_num_threads(config["threads"])
     job = load_from_dict(TrainJob, config["job"])
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
-    if config["janitor"] is not None:
-        group = ray.util.get_current_placement_group()
-        ray.get(config["janitor"].watch.remote(group, config["board"]))
+    start_worker_log(config["log"], run_id=config["run_id"], rank=rank)
+    _report_to_janitor(config)
     inputs = read_inputs(job)
     card, model = make_card(job, inputs, run_id=config["run_id"])
     model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -59,6 +65,7 @@ def train_worker(config: dict[str, Any]) -> None:
     settings = make_loop_settings(
         job, len(inputs.train), autocast_dtype=choose_autocast(job.run.precision, device)
     )
+    metrics = TrainMetrics(config["run_id"], rank=rank, batch=job.run.batch, first_step=state.step)
     keeper = _Keeper(
         job=job,
         num_images=len(inputs.train),
@@ -66,18 +73,17 @@ def train_worker(config: dict[str, Any]) -> None:
         state=state,
         board=config["board"],
         validator=make_validator(
-            job,
-            inputs,
-            card,
-            autocast_dtype=settings.autocast_dtype,
-            is_trial=config["is_trial"],
+            job, inputs, card, autocast_dtype=settings.autocast_dtype, is_trial=config["is_trial"]
         ),
         is_trial=config["is_trial"],
         proof=_prove(job, model, inputs.canvas),
+        metrics=metrics,
     )
+    logger.info("worker %d of %d trains on %s from step %d", rank, world_size, device, state.step)
 
     def post_progress(progress: Progress) -> None:
         shared = _average_losses(progress, device, world_size)
+        metrics.count_progress(shared)
         if rank == 0:
             config["board"].post.remote({"kind": "progress", **asdict(shared)})
 
@@ -90,7 +96,11 @@ def train_worker(config: dict[str, Any]) -> None:
             rank=rank,
             world_size=world_size,
             first_step=state.step,
-            num_processes=_count_loaders(job, config["threads"], device),
+            num_processes=count_loaders(
+                job.data.loader_processes,
+                num_threads=config["threads"],
+                has_gpu=device.type == "cuda",
+            ),
             pin_memory=device.type == "cuda",
         ),
         settings,
@@ -98,6 +108,13 @@ def train_worker(config: dict[str, Any]) -> None:
         on_progress=post_progress,
         on_checkpoint=keeper.keep,
     )
+
+
+def _report_to_janitor(config: dict[str, Any]) -> None:
+    """Say which placement group is this trial's, for whoever gives it back."""
+    if config["janitor"] is not None:
+        group = ray.util.get_current_placement_group()
+        ray.get(config["janitor"].watch.remote(group, config["board"]))
 
 
 def _average_losses(progress: Progress, device: torch.device, world_size: int) -> Progress:
@@ -115,13 +132,6 @@ def _wrap(model: RetinaNet, device: torch.device, world_size: int) -> nn.Module:
         return model
     device_ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
-
-
-def _count_loaders(job: TrainJob, threads: int, device: torch.device) -> int:
-    """Decoding processes: one per core beside a GPU; on a CPU they would only fight the step."""
-    if job.data.loader_processes is not None:
-        return job.data.loader_processes
-    return min(16, max(1, threads - 1)) if device.type == "cuda" else 0
 
 
 def _restore(state: TrainingState) -> None:
@@ -145,6 +155,7 @@ class _Keeper:
     validator: Validator | None
     is_trial: bool
     proof: dict[str, str]
+    metrics: TrainMetrics
 
     def keep(self, is_last: bool) -> bool:
         """Make one checkpoint; returns whether the training should stop early."""
@@ -171,12 +182,14 @@ class _Keeper:
             ray.train.report(metrics)
             return should_stop
         if validation is not None:
+            self.metrics.note_map(metrics.get("AP"))
             self.board.post.remote({"kind": "validation", **metrics})
         candidates = validation.candidates if validation is not None and self.is_trial else None
         self._report(metrics, candidates)
         return should_stop
 
     def _report(self, metrics: dict[str, Any], candidates: CandidateSet | None) -> None:
+        start_s = time.perf_counter()
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             (folder / STATE_FILE).write_bytes(self.state.dump())
@@ -189,6 +202,9 @@ class _Keeper:
                 checkpoint=ray.train.Checkpoint.from_directory(folder),
                 checkpoint_dir_name=f"step_{self.state.step:08d}",
             )
+        seconds = time.perf_counter() - start_s
+        self.metrics.count_checkpoint(seconds)
+        logger.info("checkpoint after step %d in %.2f s", self.state.step, seconds)
 
 
 def _prove(job: TrainJob, model: RetinaNet, canvas: tuple[int, int]) -> dict[str, str]:

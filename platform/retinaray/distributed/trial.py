@@ -11,11 +11,12 @@ from typing import Any
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
+from retinaray.assembly.job_plan_workers import WorkerPlan
 from retinaray.config.loading import load_from_dict, to_dict
 from retinaray.config.schema import TrainJob
 from retinaray.config.search_space import decode_point, make_changes
-from retinaray.distributed.resources import WorkerPlan
 from retinaray.distributed.train_run import run_workers
+from retinaray.log_format import WorkerLog, start_worker_log
 from retinaray.reporting.training_log import TrainingLog
 
 CHECKPOINT_PATH = "checkpoint_path"
@@ -30,12 +31,14 @@ class TrialTask:
         folder: Of the sweep; each trial has one below `trials/`.
         workers: Resources of one trial.
         janitor: A Janitor actor; none = resources of stopped trials are not given back.
+        log: How the sweep's driver logs; none = in plain lines.
     """
 
     tree: Mapping[str, Any]
     folder: str
     workers: WorkerPlan
     janitor: Any = None
+    log: WorkerLog | None = None
 
     def trial_folder(self, trial_id: str) -> Path:
         """Where a trial keeps everything that it makes."""
@@ -56,6 +59,8 @@ def run_trial(point: dict[str, Any], task: TrialTask) -> None:
         task: What the trials share.
     """
     trial_id = tune.get_context().get_trial_id()
+    run_id = f"{Path(task.folder).name}-{trial_id}"
+    start_worker_log(task.log, run_id=run_id)
     folder = task.trial_folder(trial_id)
     job = task.make_job(point, trial_id)
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +71,7 @@ def run_trial(point: dict[str, Any], task: TrialTask) -> None:
             job,
             task.workers,
             folder=folder,
-            run_id=f"{Path(task.folder).name}-{trial_id}",
+            run_id=run_id,
             handle_event=log.write,
             callbacks=[TuneReportCallback()],  # type: ignore[no-untyped-call]
             is_trial=True,

@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from retinaray.assembly.coverage_check import check_coverage
+from retinaray.assembly.job_plan_training import count_trials
+from retinaray.assembly.job_plan_workers import SweepPlan, plan_sweep
 from retinaray.assembly.provenance import collect_versions
 from retinaray.assembly.reading import make_reader
+from retinaray.assembly.tracking import check_tracking
 from retinaray.assembly.training import (
     TrainingInputs,
     check_objective,
@@ -29,8 +32,8 @@ from retinaray.config.schema import TrainJob, TuneJob
 from retinaray.config.search_space import parse_space
 from retinaray.distributed.resources import connect
 from retinaray.distributed.run_settings import compare_settings
-from retinaray.distributed.sweep_plan import SweepPlan, plan_sweep
 from retinaray.errors import ConfigError
+from retinaray.log_format import describe_worker_log, log_fields
 from retinaray.storage import Storage, is_s3
 
 logger = logging.getLogger(__name__)
@@ -46,6 +49,8 @@ _FREE_SETTINGS = (
     "data.loader_processes",
     "reading.threads",
     "sweep.rule",
+    # As a whole, because the records of older sweeps do not have it.
+    "tracking",
 )
 
 
@@ -93,13 +98,16 @@ def run_sweep(job: TuneJob) -> SweepOutcome:
     """Search a space; the same command resumes a sweep that was killed.
 
     Raises:
-        ConfigError: If the output is not local, or holds a sweep with other settings.
+        ConfigError: If the output is not local, or holds a sweep with other settings, or a
+            tracker's package is not installed.
         DatasetError: If the data cannot be learnt from.
+        StorageError: If a tracker does not answer at the start.
         ClusterError: If the cluster is too small, or no trial succeeded.
     """
     start = time.monotonic()
     if is_s3(job.output):
         raise ConfigError(f"output={job.output!r}: expected a local folder for the sweep")
+    check_tracking(job.tracking)
     folder = Path(job.output).expanduser().resolve()
     base = _make_base(job, folder)
     inputs = read_inputs(base)
@@ -108,44 +116,50 @@ def run_sweep(job: TuneJob) -> SweepOutcome:
     record = _make_record(job, base)
     is_resumed = _is_resumed(job, record, folder)
     num_trials = count_trials(job)
-    with connect(min_cpus=base.run.workers) as cluster:
-        plan = plan_sweep(
-            num_trials=num_trials,
-            # Ray Tune restores the number that the sweep was started with.
-            num_concurrent=_read_concurrent(folder) if is_resumed else job.sweep.concurrent,
-            num_workers=base.run.workers,
-            cluster=cluster,
-        )
-        if not is_resumed:
-            _begin(job, record, plan, folder)
-        logger.info(
-            "%d trials of %d worker%s, %d at once",
-            num_trials,
-            base.run.workers,
-            "s" if base.run.workers > 1 else "",
-            plan.num_concurrent,
-        )
-        records, task = _search(job, base, inputs, plan, folder)
-    from retinaray.distributed.sweep_outputs import write_outputs
+    with ExitStack() as trackers:
+        with connect(min_cpus=base.run.workers) as cluster:
+            plan = plan_sweep(
+                num_trials=num_trials,
+                # Ray Tune restores the number that the sweep was started with.
+                num_concurrent=_read_concurrent(folder) if is_resumed else job.sweep.concurrent,
+                num_workers=base.run.workers,
+                cluster=cluster,
+            )
+            if not is_resumed:
+                _begin(job, record, plan, folder)
+            tracking = _track(job, record, folder, trackers)
+            logger.info(
+                "%d trials of %d worker%s, %d at once",
+                num_trials,
+                base.run.workers,
+                "s" if base.run.workers > 1 else "",
+                plan.num_concurrent,
+            )
+            records, task = _search(job, base, inputs, plan, folder)
+        from retinaray.distributed.sweep_outputs import write_outputs
 
-    return SweepOutcome(
-        **write_outputs(records, task, inputs, job.sweep.rule, folder),
-        sweep=str(folder),
-        seconds=round(time.monotonic() - start, 1),
-    )
+        tracking.tell_trials(records, task)
+        outputs = write_outputs(records, task, inputs, job.sweep.rule, folder)
+        tracking.run.write({"kind": "best", "step": 0, **outputs["best"]})
+    return SweepOutcome(**outputs, sweep=str(folder), seconds=round(time.monotonic() - start, 1))
+
+
+def _track(job: TuneJob, record: Mapping[str, Any], folder: Path, stack: ExitStack) -> Any:
+    """Begin the sweep's run with its trackers, and its id in the log; the stack ends both."""
+    from retinaray.distributed.trial_tracking import SweepTracking
+
+    tracking = SweepTracking(job.tracking, record, folder)
+    stack.enter_context(log_fields(run_id=folder.name))
+    stack.enter_context(tracking.run)
+    return tracking
 
 
 def _make_base(job: TuneJob, folder: Path) -> TrainJob:
     """The training that the sweep varies."""
-    tree = {key: value for key, value in to_dict(job).items() if key not in ("space", "sweep")}
+    # The sweep tells the trackers; its trials stay what they are whoever listens.
+    own = ("space", "sweep", "tracking")
+    tree = {key: value for key, value in to_dict(job).items() if key not in own}
     return resolve_paths(load_from_dict(TrainJob, tree, {"output": str(folder / "best.pth")}))
-
-
-def count_trials(job: TuneJob) -> int:
-    """Trials of the whole sweep: every point of a grid, else as many as asked for."""
-    if job.sweep.search == "grid":
-        return math.prod(len(choices) for choices in job.space.values())
-    return job.sweep.trials
 
 
 def _make_record(job: TuneJob, base: TrainJob) -> dict[str, Any]:
@@ -222,7 +236,8 @@ def _search(
     from retinaray.distributed.tune_search import make_scheduler, make_search, make_space
 
     tree = to_dict(base)
-    task = TrialTask(tree=tree, folder=str(folder), workers=plan.workers, janitor=start_janitor())
+    log = describe_worker_log()
+    task = TrialTask(tree, str(folder), plan.workers, janitor=start_janitor(), log=log)
     trainable = tune.with_resources(
         tune.with_parameters(run_trial, task=task), {"node:__internal_head__": 0.001}
     )

@@ -18,10 +18,12 @@ METRICS = {
     "retinaray_infer_bytes_total",
     "retinaray_infer_stage_seconds_total",
     "retinaray_infer_part_seconds_bucket",
-    "retinaray_train_step_seconds",
+    "retinaray_train_step_seconds_bucket",
     "retinaray_train_images_per_second",
     "retinaray_train_map",
-    "retinaray_train_checkpoint_seconds",
+    "retinaray_train_checkpoint_seconds_bucket",
+    "retinaray_train_errors_total",
+    "retinaray_train_skipped_steps_total",
 }
 
 
@@ -61,7 +63,7 @@ def test_queries_rate_counters_and_close_their_brackets(expressions: list[str]) 
             assert bare.count(left) == bare.count(right), text
         for found in re.finditer(r"retinaray_\w+_(total|bucket)", text):
             before = text[: found.start()]
-            # One panel shows the count since the start; everywhere else it is a rate.
+            # Two panels show counts since the start; everywhere else it is a rate.
             assert re.search(r"(rate\(|^sum\()\{__name__=~\"\(ray_\)\?$", before), text
         assert "histogram_quantile" not in text or "by (le)" in text
 

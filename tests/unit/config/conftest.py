@@ -18,6 +18,7 @@ MINIMAL = {
     "export": ["model.pth", "model.onnx"],
     "parity": ["model.pth", "model.onnx", "--images", "photos"],
     "bundle": ["model.pth", "handover", "--target", "jetpack6"],
+    "plan": ["--job", "job.yaml"],
     "infer": ["model.onnx", "--images", "photos"],
     "doctor": ["--annotations", "train.json"],
     "demo": [],

@@ -6,8 +6,7 @@ import itertools
 
 import pytest
 
-from retinaray.distributed.resources import ClusterSize, WorkerPlan
-from retinaray.distributed.sweep_plan import SweepPlan, plan_sweep
+from retinaray.assembly.job_plan_workers import ClusterSize, SweepPlan, WorkerPlan, plan_sweep
 from retinaray.errors import ClusterError
 
 
