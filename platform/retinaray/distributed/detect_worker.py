@@ -176,7 +176,10 @@ class DetectWorker:
                 clock=clock,
             )
             receipt = self._files.commit(
-                number, _exclude(pictures.follow(results), clock), run_id=self._run_id
+                number,
+                _exclude(pictures.follow(results), clock),
+                run_id=self._run_id,
+                is_first=attempts.is_first,
             )
         attempts.end()
         return receipt

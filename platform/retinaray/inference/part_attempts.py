@@ -59,6 +59,11 @@ class PartAttempts:
         """Whether the images are to be read one by one before they are used."""
         return self._journal.attempt > PLAIN_ATTEMPTS
 
+    @property
+    def is_first(self) -> bool:
+        """Whether nobody began this part before."""
+        return self._journal.attempt == 1
+
     def begin(self) -> frozenset[int]:
         """Write down that an attempt begins.
 

@@ -138,7 +138,12 @@ class RunFiles:
         return join_uri(self.root, "errors", f"part-{number:09}.jsonl")
 
     def commit(
-        self, number: int, results: Iterable[ImageResult], *, run_id: str | None = None
+        self,
+        number: int,
+        results: Iterable[ImageResult],
+        *,
+        run_id: str | None = None,
+        is_first: bool = False,
     ) -> PartReceipt:
         """Write a part: its errors first, then the file that makes it count.
 
@@ -146,6 +151,7 @@ class RunFiles:
             number: Of the part.
             results: Its images, drawn to the end before anything is written.
             run_id: The run that the part belongs to; none = whichever is here.
+            is_first: Nobody tried before, so that there are no errors of an earlier attempt.
 
         Raises:
             StorageError: If it cannot be written, or another run has begun here meanwhile: a
@@ -170,7 +176,7 @@ class RunFiles:
             )
         if errors:
             self.storage.write_bytes(self.errors(number), encode_rows(errors))
-        else:
+        elif not is_first:
             # An attempt that died before its commit may have left errors which this one did not
             # meet.
             self.storage.delete(self.errors(number))

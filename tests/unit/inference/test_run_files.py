@@ -84,6 +84,11 @@ def test_commit_removes_the_errors_of_an_earlier_attempt(run_files: RunFiles) ->
     run_files.commit(0, make_results(0, errors=(0, 1)))
     run_files.commit(0, make_results(0, errors=()))
     assert list(read_all(run_files)) == ["/parts/part-000000000.jsonl"]
+    # Whoever knows that nobody was here before need not ask the store.
+    run_files.commit(1, make_results(1, errors=(0,)))
+    run_files.commit(1, make_results(1, errors=()), is_first=True)
+    assert "/errors/part-000000001.jsonl" in read_all(run_files)
+    run_files.commit(1, make_results(1, errors=()))
     run_files.commit(0, make_results(0, errors=(3,)))
     assert [error["reason"] for error in run_files.read_errors(9)] == ["broken\n3"]
     assert run_files.merge(1) == RunTotals(1, 3, 1, 2)
