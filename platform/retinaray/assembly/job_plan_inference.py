@@ -294,7 +294,7 @@ def count_requests(
         # Of each part a journal that is looked for and written, the run's record, the part itself.
         counts["GET"] += num_parts * (3 if is_merged else 2)
         counts["PUT"] += 2 * num_parts + -(-num_parts // _PARTS_PER_MANIFEST_FILE)
-        counts["DELETE"] += 2 * num_parts
+        counts["DELETE"] += num_parts
     return counts
 
 
