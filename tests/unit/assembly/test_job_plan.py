@@ -281,7 +281,7 @@ def test_count_requests_gives_the_rows_of_the_scaling_sheet() -> None:
         )
         assert f"| {' | '.join(f'{cell:,}' for cell in cells)} | {manifest_files:,} file" in sheet
     merged = count_requests(100, 7, images_on_s3=True, run_on_s3=True, is_merged=True)
-    assert merged == {"GET": 100 + 21, "PUT": 15, "LIST": 1, "DELETE": 14}
+    assert merged == {"GET": 100 + 21, "PUT": 15, "LIST": 1, "DELETE": 7}
     local = count_requests(100, 7, images_on_s3=False, run_on_s3=False, is_merged=True)
     assert set(local.values()) == {0}
 
