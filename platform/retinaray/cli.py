@@ -38,6 +38,7 @@ exit codes:
   1    the job failed (cluster, storage, export, runtime), or doctor or plan found faults
   2    nothing to run: wrong settings, or an input that cannot be read
   130  stopped by Ctrl-C
+  143  stopped by SIGTERM
 
 The last line of stdout is one JSON object; everything else goes to stderr.
 --log-format json (or RETINARAY_LOG_FORMAT=json) makes each line of stderr a JSON object, too."""

@@ -264,7 +264,7 @@ def test_submitter_shows_one_line_when_a_setting_is_wrong(
     submit: Command, fetch_json: Callable[..., Any], workplace: Path
 ) -> None:
     command = ("jobs/train.py", str(workplace / "never.pth"), *_training(workplace))
-    answer = submit("fault", *command, "--epochs", "none")
+    answer = submit("fault", *command, "--epochs", "many")
     assert answer.returncode != 0
     assert "Traceback" not in answer.stdout + answer.stderr
     errors = {line for line in answer.stdout.splitlines() if "error: " in line}

@@ -335,7 +335,7 @@ def test_compare_counts_sees_lost_images_and_detections_but_not_scores(load: Loa
     found = {"images.json": b"[1, 2]", "detections.json": json.dumps(rows).encode()}
     module.compare_counts(found, expected)
     fewer = {**found, "detections.json": json.dumps(rows[1:]).encode()}
-    with pytest.raises(module.RehearsalError, match="1 images have others, .* 1: 1 for 2"):
+    with pytest.raises(module.RehearsalError, match=r"1 images have others, .* 1: 1 for 2"):
         module.compare_counts(fewer, expected)
-    with pytest.raises(module.RehearsalError, match="images.json differs"):
+    with pytest.raises(module.RehearsalError, match=r"images\.json differs"):
         module.compare_counts({**found, "images.json": b"[1]"}, expected)
