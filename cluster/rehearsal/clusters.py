@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import logging
 import socket
 import subprocess
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -29,9 +31,12 @@ from environments import (
 )
 from machines import Machine, MachineRoom, RehearsalError, read_tail, wait_until
 
+logger = logging.getLogger("rehearsal")
+
 # The least that Ray takes is 75 MB; manifests and receipts need less.
 _OBJECT_STORE_BYTES = 80_000_000
 _START_TIMEOUT_S = 150.0
+_HEAD_STARTS = 2
 # A node that is silent is given up after 5 * (1 + 3) s; Ray's own values make it 65 s.
 _HEALTH_CHECKS = {
     "RAY_health_check_period_ms": "1000",
@@ -148,35 +153,20 @@ class RayCluster:
         Raises:
             RehearsalError: If it does not come up.
         """
-        address = self._room.choose_address()
-        if not self._room.has_namespaces:
-            self._gcs_port, self._dashboard_port = _find_free_port(), _find_free_port()
-        command = [
-            *(str(PROGRAMS / "ray"), "start", "--head", "--block", "--disable-usage-stats"),
-            *(f"--node-ip-address={address}", f"--port={self._gcs_port}", "--num-cpus=0"),
-            *(f"--dashboard-host={address}", f"--dashboard-port={self._dashboard_port}"),
-            f"--object-store-memory={_OBJECT_STORE_BYTES}",
-        ]
-        extra = dict(_HEALTH_CHECKS)
-        folder = self._make_folder("head")
-        if not self._room.has_namespaces:
-            command += [
-                f"--temp-dir={folder / 'ray'}",
-                f"--ray-client-server-port={_find_free_port()}",
-            ]
-        if autoscaling is not None:
-            path = folder / "autoscaling.yaml"
-            text = json.dumps(autoscaling).replace("{address}", f"{address}:{self._gcs_port}")
-            # JSON is YAML.
-            path.write_text(text, encoding="utf-8")
-            command.append(f"--autoscaling-config={path}")
-            extra |= make_autoscaler_environment(autoscaling["provider"]["head_node_id"])
-        self._head = self._boot("head", address, command, folder, num_cpus=0, extra=extra)
-        self._wait_for(self._head)
+        for remaining in reversed(range(_HEAD_STARTS)):
+            self._head = self._boot_head(autoscaling)
+            try:
+                self._wait_for(self._head)
+                return
+            except RehearsalError as error:
+                # Ray ends a head of which one part is not there in 30 s, as on a busy machine.
+                if self.is_running or not remaining:
+                    raise
+                logger.warning("%s; starting it again", error)
 
     def add(self, num_cpus: int) -> Host:
         """Start one more node; it joins later, see `settle`."""
-        address = self._room.choose_address()
+        address = self._room.choose_address(is_head=False)
         name = f"node-{address.rpartition('.')[2]}"
         command = [
             *(str(PROGRAMS / "ray"), "start", "--block", f"--address={self.address}"),
@@ -312,6 +302,33 @@ class RayCluster:
         folder = self._folder / f"{number}-{name}"
         folder.mkdir(parents=True)
         return folder
+
+    def _boot_head(self, autoscaling: Mapping[str, Any] | None) -> Host:
+        address = self._room.choose_address(is_head=True)
+        if not self._room.has_namespaces:
+            self._gcs_port, self._dashboard_port = _find_free_port(), _find_free_port()
+        command = [
+            *(str(PROGRAMS / "ray"), "start", "--head", "--block", "--disable-usage-stats"),
+            *(f"--node-ip-address={address}", f"--port={self._gcs_port}", "--num-cpus=0"),
+            *(f"--dashboard-host={address}", f"--dashboard-port={self._dashboard_port}"),
+            f"--object-store-memory={_OBJECT_STORE_BYTES}",
+        ]
+        extra = dict(_HEALTH_CHECKS)
+        folder = self._make_folder("head")
+        if not self._room.has_namespaces:
+            command += [
+                # Ray has sockets below it, whose paths may have 107 characters.
+                f"--temp-dir={tempfile.mkdtemp(prefix='r', dir=self._folder.parents[1])}",
+                f"--ray-client-server-port={_find_free_port()}",
+            ]
+        if autoscaling is not None:
+            path = folder / "autoscaling.yaml"
+            text = json.dumps(autoscaling).replace("{address}", f"{address}:{self._gcs_port}")
+            # JSON is YAML.
+            path.write_text(text, encoding="utf-8")
+            command.append(f"--autoscaling-config={path}")
+            extra |= make_autoscaler_environment(autoscaling["provider"]["head_node_id"])
+        return self._boot("head", address, command, folder, num_cpus=0, extra=extra)
 
     def _boot(
         self,

@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -84,8 +85,8 @@ class MachineRoom(Protocol):
     gateway: str
     has_namespaces: bool
 
-    def choose_address(self) -> str:
-        """An address that no machine has had."""
+    def choose_address(self, *, is_head: bool) -> str:
+        """An address that no machine has now; of a head one at which drivers beside it look."""
 
     def boot(
         self,
@@ -145,7 +146,7 @@ class NamespaceRoom:
         _ip("addr", "add", f"{_GATEWAY}/24", "dev", _BRIDGE)
         _ip("link", "set", _BRIDGE, "up")
 
-    def choose_address(self) -> str:
+    def choose_address(self, *, is_head: bool) -> str:  # noqa: ARG002
         """An address that no machine has had."""
         self._count += 1
         return f"{_GATEWAY.rpartition('.')[0]}.{self._count + 1}"
@@ -227,10 +228,10 @@ class LoopbackRoom:
         self.gateway = "127.0.0.1"
         self._count = 0
 
-    def choose_address(self) -> str:
-        """An address that no machine has had; the first is 127.0.0.1, where drivers look."""
+    def choose_address(self, *, is_head: bool) -> str:
+        """For heads this machine's address, where drivers look; else one of the loopback."""
         self._count += 1
-        return f"127.0.0.{self._count}"
+        return _find_own_address() if is_head else f"127.0.0.{self._count + 1}"
 
     def boot(
         self,
@@ -282,6 +283,17 @@ def _start(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+
+
+def _find_own_address() -> str:
+    """This machine's address as Ray finds it, in place of any 127.0.0.1."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            # Nothing is sent: the kernel only chooses a route.
+            probe.connect(("8.8.8.8", 80))
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
 
 
 def _has_own_network(pid: int) -> bool:

@@ -70,11 +70,18 @@ def test_json_formatter_keeps_a_record_on_one_line_when_it_has_several(read_line
     try:
         raise ValueError("first\nsecond")
     except ValueError:
-        LOGGER.exception("a\nb\u2028c \udce9")
+        LOGGER.exception("a\nb\u2028c")
     (line,) = read_lines()
-    assert line["message"] == "a\nb\u2028c \udce9"
+    assert line["message"] == "a\nb\u2028c"
     assert line["exception"].startswith("Traceback")
     assert line["exception"].endswith("ValueError: first\nsecond")
+
+
+def test_json_formatter_writes_a_name_that_is_no_utf8_in_ascii() -> None:
+    # Not logged: those who collect the output of tests could not pass it on.
+    line = JsonFormatter({}).format(logging.makeLogRecord({"msg": "x \udce9"}))
+    assert line.isascii()
+    assert json.loads(line)["message"] == "x \udce9"
 
 
 def test_json_formatter_writes_fields_that_json_does_not_know(read_lines: Lines) -> None:

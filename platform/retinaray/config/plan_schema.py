@@ -118,14 +118,15 @@ def _parse_resources(text: str, faults: list[str]) -> dict[str, float]:
     return found
 
 
-def _expect_nodes(value: str) -> str:
-    parse_nodes(value)
+def _expect_nodes(value: str | None) -> str | None:
+    if value is not None:
+        parse_nodes(value)
     return value
 
 
-def _expect_words(value: str) -> str:
+def _expect_words(value: str | None) -> str | None:
     try:
-        shlex.split(value)
+        shlex.split(value or "")
     except ValueError as error:
         raise ValueError(f"expected options as on a command line: {error}") from error
     return value
