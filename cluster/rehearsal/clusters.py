@@ -176,6 +176,9 @@ class RayCluster:
         folder = self._make_folder(name)
         host = self._boot(name, address, command, folder, num_cpus=num_cpus, extra={})
         self.workers.append(host)
+        if not self._room.has_namespaces:
+            # Nodes that share a folder and start at once take each other's sockets.
+            self._wait_for(host)
         return host
 
     def reshape(self, sizes: Sequence[int]) -> list[Host]:

@@ -210,6 +210,30 @@ def test_loopback_machine_kill_ends_the_whole_tree(load: Load, tmp_path: Path) -
     )
 
 
+def test_loopback_machine_ends_when_the_rehearsal_is_killed(load: Load, tmp_path: Path) -> None:
+    script = (
+        "import os, pathlib, sys, time; sys.path.insert(0, sys.argv[1]); import machines;"
+        "room = machines.LoopbackRoom(); folder = pathlib.Path(sys.argv[2]);"
+        "machine = room.boot('one', '127.0.0.1', ['sleep', '1000'], folder=folder,"
+        " environment={'PATH': os.environ['PATH']});"
+        "print(machine.process.pid, flush=True); time.sleep(1000)"
+    )
+    command = [sys.executable, "-c", script, str(FOLDER), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        stat = Path(f"/proc/{int(process.stdout.readline())}/stat")
+        load("machines").wait_until(
+            lambda: "(sleep)" in stat.read_text(), "the command", timeout_s=TIMEOUT_S
+        )
+        process.kill()
+        load("machines").wait_until(
+            lambda: not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z",
+            "its end",
+            timeout_s=TIMEOUT_S,
+        )
+        assert process.wait() == -9
+
+
 def test_parse_nodes_reads_what_the_state_api_answers(load: Load) -> None:
     row = {"node_id": "ab", "node_ip": "10.77.0.2", "state": "ALIVE", "is_head_node": True}
     dead = {"node_id": "cd", "node_ip": "10.77.0.3", "state": "DEAD", "is_head_node": False}
