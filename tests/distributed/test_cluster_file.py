@@ -32,5 +32,8 @@ def test_cluster_file_starts_ray_with_a_token_and_a_private_dashboard(
     cluster: dict[str, Any],
 ) -> None:
     (start,) = [line for line in cluster["head_start_ray_commands"] if "ray start" in line]
-    assert "RAY_AUTH_MODE=token" in start
+    # All commands of a node find the token by the same settings.
+    assert start.startswith(". ~/retinaray/cluster/node_env.sh &&")
+    settings = (CLUSTER_FILE.parent / "cluster" / "node_env.sh").read_text(encoding="utf-8")
+    assert "export RAY_AUTH_MODE=token" in settings.splitlines()
     assert "--dashboard-host=127.0.0.1" in start
