@@ -103,7 +103,7 @@ def run(quick: bool = False) -> list[Record]:
     """Measure speed, overhead and start-up; without the data sets there is a reason instead."""
     if not inference.DATA.is_dir():
         return [skip("batch_inference", f"needs the data sets in {inference.DATA}, absent here")]
-    setting = Setting(256, 16, 64, 1) if quick else Setting(512, 64, 2000, 3)
+    setting = Setting(256, 16, 64, 1) if quick else Setting(512, 64, 8000, 3)
     threads = torch.get_num_threads()
     torch.set_num_threads(THREADS)
     try:
