@@ -1,16 +1,18 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from retinaray.data.coco import Category, CategoryTable
+from retinaray.data.coco import Category, CategoryTable, load_coco
 from retinaray.data.transforms import Placement, fit_size
 from retinaray.detector.postprocess import Detections
 from retinaray.evaluation.candidates import CandidateSet, join_detections
+from retinaray.evaluation.confusion import OverlapTable, tabulate_overlaps
 
 CANVAS = (96, 128)
 SIZES = ((192, 256), (100, 300), (300, 90), (96, 128))
@@ -83,5 +85,108 @@ def draw_scene(three_classes: CategoryTable) -> Callable[..., tuple[dict[str, An
             ],
         }
         return content, join_detections(items, floor=0.01)
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def make_table() -> Callable[..., OverlapTable]:
+    """A table of images 100 wide and 200 high, called 0.jpg, 1.jpg, ...
+
+    make_table(truths, found): a truth is image, class, x, y, width, height and maybe 1 for a crowd;
+    what is found is image, class, score, x, y, width, height. Class k has category id 10 + k.
+    """
+
+    def make(
+        truths: Sequence[Sequence[float]],
+        found: Sequence[Sequence[float]],
+        *,
+        num_classes: int = 2,
+        num_images: int = 1,
+        **settings: Any,
+    ) -> OverlapTable:
+        content = {
+            "images": [
+                {"id": number, "file_name": f"{number}.jpg", "height": 200, "width": 100}
+                for number in range(num_images)
+            ],
+            "categories": [{"id": 10 + k, "name": f"class {k}"} for k in range(num_classes)],
+            "annotations": [
+                {
+                    "id": number,
+                    "image_id": row[0],
+                    "category_id": 10 + row[1],
+                    "bbox": list(row[2:6]),
+                    "area": row[4] * row[5],
+                    "iscrowd": int(len(row) > 6),
+                }
+                for number, row in enumerate(truths, start=1)
+            ],
+        }
+        results = [
+            {"image_id": row[0], "category_id": 10 + row[1], "score": row[2], "bbox": row[3:]}
+            for row in found
+        ]
+        dataset = load_coco(json.dumps(content).encode(), source="truth.json")
+        return tabulate_overlaps(results, dataset, **settings)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def draw_results() -> Callable[..., tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Random COCO truth and results near it, shuffled: draw_results(seed, crowd_share=0.15).
+
+    Corners lie on a grid of 4 pixels, and scores have few digits, so that both tie; unless
+    `is_tied` is False.
+    """
+
+    def draw(
+        seed: int, *, crowd_share: float = 0.15, is_tied: bool = True, num_images: int = 12
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        rng = np.random.default_rng(seed)
+        annotations: list[dict[str, Any]] = []
+        results: list[dict[str, Any]] = []
+        for image in range(num_images):
+            truth = draw_boxes(rng, int(rng.integers(0, 12)))
+            labels = rng.integers(0, 3, len(truth))
+            # Three results near each box and some anywhere; every fifth has another class.
+            near = np.repeat(truth, 3, axis=0)
+            moved = near + 4 * rng.integers(-1, 2, near.shape) if is_tied else near
+            boxes = np.concatenate([moved, draw_boxes(rng, 12)])
+            if not is_tied:
+                boxes = boxes + rng.normal(0, 3, boxes.shape)
+            guesses = np.append(np.repeat(labels, 3), rng.integers(0, 3, 12))
+            guesses = np.where(rng.random(len(guesses)) < 0.2, (guesses + 1) % 3, guesses)
+            scores = rng.uniform(0.01, 1, len(boxes)).round(2 if is_tied else 12)
+            for box, label in zip(truth.tolist(), labels.tolist(), strict=True):
+                x1, y1, x2, y2 = box
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": image,
+                        "category_id": label,
+                        "bbox": [x1, y1, x2 - x1, y2 - y1],
+                        "area": (x2 - x1) * (y2 - y1),
+                        "iscrowd": int(rng.random() < crowd_share),
+                    }
+                )
+            for box, label, score in zip(
+                boxes.tolist(), guesses.tolist(), scores.tolist(), strict=True
+            ):
+                x1, y1, x2, y2 = box
+                if x2 > x1 and y2 > y1:
+                    found = {"image_id": image, "category_id": label, "score": score}
+                    results.append({**found, "bbox": [x1, y1, x2 - x1, y2 - y1]})
+        rng.shuffle(results)
+        content = {
+            "images": [
+                {"id": image, "file_name": f"{image}.jpg", "height": 200, "width": 200}
+                for image in range(num_images)
+            ],
+            "categories": [{"id": k, "name": f"class {k}"} for k in range(3)],
+            "annotations": annotations,
+        }
+        return content, results
 
     return draw

@@ -1,0 +1,177 @@
+"""What a report reads of a run, by what lies at its place: a folder's record, or a JSON file."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from retinaray.assembly.reading import read_json, read_model_card, read_model_file
+from retinaray.assembly.report_analysis import NEEDS_DETECTIONS, DetectionSource, OpenedRun
+from retinaray.assembly.report_command import add_settings
+from retinaray.assembly.report_training import open_sweep, open_training, thresholds_of_card
+from retinaray.assembly.run_plan import list_truth, make_output
+from retinaray.config.report_schema import ReportJob
+from retinaray.config.schema import InferJob
+from retinaray.errors import CheckpointError, ConfigError, DatasetError, StorageError
+from retinaray.inference.run_files import RunFiles
+from retinaray.reporting.report.contents import ReportedRun
+from retinaray.storage import Storage, is_s3, join_uri, local_path
+
+logger = logging.getLogger(__name__)
+
+MAX_ANALYSED_IMAGES = 50_000
+"""Of a larger batch inference only the numbers in its record are shown: a report is made by one
+process, and a person looks at it."""
+
+
+def open_run(uri: str, job: ReportJob, storage: Storage) -> OpenedRun:
+    """Read one run.
+
+    Args:
+        uri: A folder, or a JSON file.
+        job: Annotations, images and what to do where there are no detections.
+        storage: Where the run is.
+
+    Raises:
+        DatasetError: If it is no run.
+        ConfigError: If detections come without annotations.
+        StorageError: If it cannot be read.
+    """
+    if uri.lower().endswith(".json"):
+        return _open_file(uri, job)
+    if uri.lower().endswith(".pth"):
+        uri = f"{uri[:-4]}_run"
+    if storage.exists(join_uri(uri, "run.json")):
+        record = read_json(join_uri(uri, "run.json"), job.reading)
+        if isinstance(record, dict) and "num_parts" in record:
+            return _open_inference(uri, record, job, storage)
+        if isinstance(record, dict) and isinstance(record.get("job"), dict) and not is_s3(uri):
+            return open_training(uri, record, job, storage)
+    elif not is_s3(uri) and (local_path(uri) / "sweep.json").is_file():
+        return open_sweep(uri, job, storage)
+    elif not is_s3(uri) and (local_path(uri) / "metrics.jsonl").is_file():
+        return open_training(uri, {}, job, storage)
+    raise DatasetError(
+        f"{uri}: expected what train, tune or infer left, a folder with run.json or sweep.json, or "
+        "a .json file of detections, evaluate or parity; found none of these: name the run's folder"
+    )
+
+
+def _open_inference(
+    uri: str, record: Mapping[str, Any], job: ReportJob, storage: Storage
+) -> OpenedRun:
+    totals = record.get("totals")
+    facts = {"run": str(record["run_id"]), "runtime": str(record.get("backend", "not chosen yet"))}
+    if totals:
+        facts |= {
+            "images": f"{totals['num_images']:,}",
+            "unreadable": f"{totals['num_errors']:,}",
+            "detections": f"{totals['num_detections']:,}",
+        }
+    run = ReportedRun(
+        name=uri.rstrip("/").rsplit("/", 1)[-1],
+        kind="infer",
+        source=uri,
+        facts=facts,
+        scores=record.get("scores") or {},
+        speed=record.get("summary") or {},
+    )
+    run, inferred = add_settings(run, InferJob, record["job"], record.get("versions", {}))
+    if inferred is None:
+        return OpenedRun(run)
+    annotations = job.annotations or inferred.annotations
+    if not totals:
+        gap = f"{NEEDS_DETECTIONS}, and the run has not ended; the same command resumes it"
+    elif totals["num_images"] > MAX_ANALYSED_IMAGES:
+        gap = f"{NEEDS_DETECTIONS} of at most {MAX_ANALYSED_IMAGES:,} images"
+    elif annotations is None:
+        gap = f"{NEEDS_DETECTIONS} and ground truth; give --annotations"
+    else:
+        files = RunFiles(uri, storage, make_output(inferred, record))
+        return _read_inference(run, inferred, record, files, annotations, job)
+    return OpenedRun(replace(run, gaps=(*run.gaps, gap)))
+
+
+def _read_inference(
+    run: ReportedRun,
+    inferred: InferJob,
+    record: Mapping[str, Any],
+    files: RunFiles,
+    annotations: str,
+    job: ReportJob,
+) -> OpenedRun:
+    truth = read_json(annotations, job.reading)
+    results, uris = [], {}
+    for row in files.read_rows(record["num_parts"]):
+        results += [{"image_id": row["image_id"], **found} for found in row["detections"]]
+        if "member" not in row and job.images is None:
+            uris[row["image_id"]] = row["uri"]
+    return OpenedRun(
+        run,
+        DetectionSource(
+            results=results,
+            truth=list_truth(inferred, files, record["num_parts"], truth),
+            truth_name=annotations,
+            images_root=job.images or inferred.images,
+            uris=uris,
+            thresholds=_read_thresholds(inferred, files.storage),
+        ),
+    )
+
+
+def _read_thresholds(inferred: InferJob, storage: Storage) -> dict[int | str, float]:
+    """What the run dropped detections by; empty when the model is gone and nothing was asked."""
+    try:
+        content, sidecar = read_model_file(inferred.model, storage.read_bytes)
+        card = read_model_card(content, sidecar, inferred.model)
+    except (CheckpointError, StorageError) as error:
+        logger.warning("%s: thresholds are chosen anew: %s", inferred.model, error)
+        return {}
+    asked = inferred.detection.score_threshold
+    own = thresholds_of_card(card)
+    return own if asked is None else dict.fromkeys(own, asked)
+
+
+def _open_file(uri: str, job: ReportJob) -> OpenedRun:
+    content = read_json(uri, job.reading)
+    name = uri.rsplit("/", 1)[-1]
+    if isinstance(content, list):
+        return _open_detections(uri, name, content, job)
+    if isinstance(content, dict) and {"rows", "references", "tolerance"} <= content.keys():
+        facts = {"model": str(content["model"]), "images": str(content["num_images"])}
+        facts["machine"] = str(content["machine"])
+        run = ReportedRun(name=name, kind="parity", source=uri, facts=facts, parity=content)
+        return OpenedRun(run)
+    if isinstance(content, dict) and {"AP", "classes", "model"} <= content.keys():
+        facts = {key: str(content[key]) for key in ("model", "backend") if content.get(key)}
+        gap = f"{NEEDS_DETECTIONS}; give the file of `evaluate --output` with --annotations"
+        run = ReportedRun(
+            name=name, kind="evaluate", source=uri, facts=facts, scores=content, gaps=(gap,)
+        )
+        return OpenedRun(run)
+    raise DatasetError(
+        f"{uri}: expected detections (a list of COCO results), what evaluate printed, or what "
+        "parity wrote to --output; found other JSON"
+    )
+
+
+def _open_detections(
+    uri: str, name: str, content: list[dict[str, Any]], job: ReportJob
+) -> OpenedRun:
+    if job.annotations is None:
+        raise ConfigError(
+            f"{uri} holds detections, which mean nothing without ground truth: give --annotations"
+        )
+    facts = {"annotations": job.annotations}
+    run = ReportedRun(name=name, kind="evaluate", source=uri, facts=facts)
+    return OpenedRun(
+        run,
+        DetectionSource(
+            results=content,
+            truth=read_json(job.annotations, job.reading),
+            truth_name=job.annotations,
+            images_root=job.images or "",
+        ),
+    )

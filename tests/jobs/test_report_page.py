@@ -1,0 +1,190 @@
+"""The page of `report` as a reader meets it: opened from disk in a browser without a network."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from retinaray.cli import main
+
+NUM_IMAGES = 60
+# A name that would run if it were taken for HTML.
+NASTY = "<img src=x onerror=alert(1)>"
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty images of 96 x 64 pixels, each with a hit at 0.9 and a false detection at 0.4.
+
+    Every image also has an object that nobody found; image 0 has nothing else.
+    """
+    folder = tmp_path_factory.mktemp("report")
+    stream = io.BytesIO()
+    Image.fromarray(np.full((64, 96, 3), 90, np.uint8)).save(stream, "JPEG")
+    images, annotations, results = [], [], []
+    for number in range(NUM_IMAGES):
+        name = f"{number:02d}.jpg"
+        (folder / name).write_bytes(stream.getvalue())
+        images.append({"id": number, "file_name": name, "height": 64, "width": 96})
+        boxes = [[60, 30, 20, 20]] if number == 0 else [[10, 10, 20, 20], [60, 30, 20, 20]]
+        annotations += [
+            {"id": len(annotations) + place, "image_id": number, "category_id": 1, "bbox": box}
+            for place, box in enumerate(boxes, start=1)
+        ]
+        if number:
+            found = {"image_id": number, "category_id": 1}
+            results.append(found | {"bbox": boxes[0], "score": 0.9})
+            results.append(found | {"bbox": [30, 40, 10, 10], "score": 0.4})
+    for entry in annotations:
+        entry |= {"area": 400, "iscrowd": 0}
+    content = {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": NASTY}],
+    }
+    (folder / "truth.json").write_text(json.dumps(content))
+    (folder / "found.json").write_text(json.dumps(results))
+    argv = [str(folder / "found.json"), "--annotations", str(folder / "truth.json")]
+    argv += ["--images", str(folder), "--output", str(folder / "page.html"), "--gallery", "60"]
+    assert main(["report", *argv, "--quiet"]) == 0
+    return folder / "page.html"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium without a window."""
+    reason = "needs the package playwright, which is not installed"
+    playwright = pytest.importorskip("playwright.sync_api", reason=reason)
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("needs Chromium, which is not installed")
+    with playwright.sync_playwright() as driver:
+        made = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def open_page(browser: Any, page_file: Path) -> Iterator[Callable[..., Any]]:
+    """Open the page: open_page(width=..., color_scheme=...); fails when it said anything."""
+    contexts, complaints = [], []
+
+    def watch(request: Any) -> None:
+        if not request.url.startswith(("file:", "data:")):
+            complaints.append(f"fetched {request.url}")
+
+    def open_in(*, width: int = 1280, color_scheme: str = "light") -> Any:
+        context = browser.new_context(
+            viewport={"width": width, "height": 800}, color_scheme=color_scheme
+        )
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", watch)
+        page.on("dialog", lambda dialog: complaints.append(f"dialog: {dialog.message}"))
+        page.goto(page_file.as_uri())
+        return page
+
+    yield open_in
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+@pytest.mark.parametrize("color_scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 360])
+def test_page_fits_and_says_nothing_when_it_is_opened(
+    open_page: Callable[..., Any], width: int, color_scheme: str
+) -> None:
+    page = open_page(width=width, color_scheme=color_scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator(".card").count() == NUM_IMAGES
+    assert page.get_by_role("heading", level=1).inner_text() == "found.json: evaluation"
+    bright = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    levels = [int(value) for value in re.findall(r"\d+", bright)[:3]]
+    assert (min(levels) > 200) == (color_scheme == "light")
+
+
+def test_page_decodes_images_only_when_they_come_near(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    assert page.locator(".card img[src]").count() == 0
+    page.locator("#grid").scroll_into_view_if_needed()
+    page.locator(".card img[src]").first.wait_for()
+    assert 0 < page.locator(".card img[src]").count() < NUM_IMAGES
+    page.wait_for_function("document.querySelector('.card img[src]').naturalWidth === 96")
+
+
+def test_page_redraws_boxes_when_the_threshold_moves(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    page.locator('[data-group="best"]').click()
+    card = page.locator(".card").first
+    for threshold, text, kinds in (
+        ("0.3", "1 hit, 1 false, 1 missed", ["missed", "false", "hit"]),
+        ("0.5", "1 hit, 0 false, 1 missed", ["missed", "hit"]),
+        ("0.95", "0 hit, 0 false, 2 missed", ["missed", "missed"]),
+    ):
+        page.locator("#threshold").fill(threshold)
+        card.locator(".counts", has_text=text).wait_for()
+        rects = card.locator("rect:not(.halo)")
+        assert [rects.nth(n).get_attribute("class") for n in range(rects.count())] == kinds
+    page.locator("#own-thresholds").click()
+    # The best F1 is above the false detections.
+    card.locator(".counts", has_text="1 hit, 0 false, 1 missed").wait_for()
+
+
+def test_page_can_be_used_with_the_keyboard_alone(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    page.locator("#own-thresholds").focus()
+    page.keyboard.press("Tab")
+    focused = "[...document.querySelectorAll('.card')].indexOf(document.activeElement)"
+    assert page.evaluate(focused) == 0
+    for key, place in (("ArrowRight", 1), ("End", 59), ("Home", 0), ("ArrowLeft", 0)):
+        page.keyboard.press(key)
+        assert page.evaluate(focused) == place
+    page.keyboard.press("ArrowDown")
+    below = page.evaluate(focused)
+    assert below > 1
+    outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+    assert outline == "solid"
+    page.keyboard.press("Enter")
+    assert page.locator("#viewer-title").inner_text().startswith(f"{below + 1} of 60: ")
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#viewer-title").inner_text().startswith(f"{below + 2} of 60: ")
+    assert NASTY in page.locator("#viewer svg").text_content()
+    page.keyboard.press("Escape")
+    assert not page.locator("#viewer").is_visible()
+    page.wait_for_function(f"{focused} === {below + 1}")
+
+
+def test_page_keeps_the_theme_that_a_reader_chose(open_page: Callable[..., Any]) -> None:
+    page = open_page(color_scheme="light")
+    button = page.locator("#theme")
+    assert button.inner_text() == "Theme: auto"
+    button.click()
+    button.click()
+    assert button.inner_text() == "Theme: dark"
+    dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert max(int(value) for value in re.findall(r"\d+", dark)[:3]) < 60
+    page.reload()
+    assert page.locator("#theme").inner_text() == "Theme: dark"
+
+
+def test_page_names_what_can_be_operated(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    nameless = page.evaluate(
+        """[...document.querySelectorAll('button, select, input, svg[role=img], [role=region]')]
+        .filter((item) => !(item.textContent.trim() || item.getAttribute('aria-label')
+            || item.labels?.length)).map((item) => item.outerHTML.slice(0, 80))"""
+    )
+    assert nameless == []
+    assert page.evaluate("document.querySelectorAll('img:not([alt])').length") == 0
