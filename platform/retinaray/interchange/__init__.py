@@ -1,0 +1,1 @@
+"""Label files of other tools, to and from COCO: what each can hold is kept, the rest is counted."""
