@@ -125,6 +125,11 @@ VERBS: dict[str, Verb] = {
         "retinaray.assembly.job_plan:run_plan",
         "say what a job will take and what is missing, before it starts",
     ),
+    "report": Verb(
+        "retinaray.config.report_schema:ReportJob",
+        "retinaray.assembly.report:run_report",
+        "write one HTML page about runs, alone or compared",
+    ),
     "anchors": Verb(
         "retinaray.config.sweep_schema:AnchorsJob",
         "retinaray.assembly.anchors:run_anchors",
@@ -134,6 +139,16 @@ VERBS: dict[str, Verb] = {
         "retinaray.config.inference_schema:DoctorJob",
         "retinaray.assembly.doctor:run_doctor",
         "look for every known fault of a COCO data set",
+    ),
+    "convert": Verb(
+        "retinaray.config.convert_schema:ConvertJob",
+        "retinaray.assembly.convert:run_convert",
+        "convert labels between COCO, VOC, YOLO, KITTI, Open Images, LabelMe",
+    ),
+    "import-odtk": Verb(
+        "retinaray.config.import_schema:ImportOdtkJob",
+        "retinaray.assembly.odtk_import:run_odtk_import",
+        "turn a checkpoint of NVIDIA's ODTK into a weights file",
     ),
     "demo": Verb(
         "retinaray.config.inference_schema:DemoJob",

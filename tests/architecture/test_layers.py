@@ -46,6 +46,8 @@ ARROWS: dict[str, set[str]] = {
     "inference": {"errors", "detector", "data", "artifact", "storage", "evaluation"},
     "export": {"errors", "detector", "data", "artifact", "inference", "evaluation"},
     "reporting": {"errors", "detector", "data", "evaluation", "anchoring"},
+    "migration": {"errors", "detector", "data", "artifact"},
+    "interchange": {"errors", "local_files", "local_listing", "data"},
 }
 # Each of these may use all above it.
 ARROWS["assembly"] = set(ARROWS)
@@ -75,6 +77,8 @@ THIRD_PARTY: dict[str, set[str]] = {
     "evaluation": {"jaxtyping", "numpy", "pycocotools", "torch"},
     "anchoring": {"jaxtyping", "numpy", "torch"},
     "training": {"jaxtyping", "numpy", "safetensors", "torch", "torchvision"},
+    "migration": {"torch"},
+    "interchange": {"numpy"},
     "cli": {"rich"},
     "__main__": set(),
 }

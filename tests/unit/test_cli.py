@@ -226,9 +226,9 @@ def test_main_lists_every_verb_in_one_line(
     assert cli.main(argv) == 0
     text = capsys.readouterr().out
     assert text.startswith(f"retinaray {__version__}: ")
-    lines = re.findall(r"^  ([a-z]+) +(\S.*)$", text, flags=re.MULTILINE)
+    lines = re.findall(r"^  ([a-z-]+) +(\S.*)$", text, flags=re.MULTILINE)
     assert lines == [(name, verb.help) for name, verb in cli.VERBS.items()]
-    assert len(lines) == 12
+    assert len(lines) == 15
 
 
 def test_main_prints_the_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -240,16 +240,19 @@ def make_network(job: TrainJob, num_classes: int) -> RetinaNet:
     """The network of a training with random weights; reads no file."""
     norm = job.model.norm
     if norm == "auto":
-        norm = "gn" if job.model.backbone_weights is None else "frozen_bn"
-    return RetinaNet(
+        is_random = job.model.backbone_weights is None and job.model.fine_tune is None
+        norm = "gn" if is_random else "frozen_bn"
+    network = RetinaNet(
         backbone=job.model.backbone,
         num_classes=num_classes,
         anchors=make_anchor_spec(job.anchors),
-        norm=norm,
+        norm="bn" if norm == "sync_bn" else norm,
         fpn_channels=job.model.fpn_channels,
         head_depth=job.model.head_depth,
         stride_in_1x1=bool(job.model.stride_in_1x1),
     )
+    network.backbone.freeze(job.model.freeze_at)
+    return network
 
 
 def _measure(
@@ -262,7 +265,7 @@ def _measure(
         autocast = choose_autocast(job.run.precision, torch.device("cpu"))
     # Processors elsewhere are taken for such without bf16, which need more.
     shape = StepShape(
-        batch=max(1, job.run.batch // job.run.workers),
+        batch=max(1, job.run.batch // job.run.workers // job.run.accumulate),
         canvas=facts.canvas,
         num_boxes=facts.num_boxes,
         autocast_dtype=autocast,

@@ -1,56 +1,77 @@
-"""A training job as core objects: data, canvas, network, optimizer, loader, loop settings."""
+"""A training job as core objects: network, optimizer, loader, loop settings."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+import torch.distributed
 from torch.utils.data import DataLoader
 
 from retinaray.artifact import Architecture, ModelCard, hash_content
 from retinaray.assembly.provenance import collect_versions
 from retinaray.assembly.reading import absolute_uri, make_reader
+from retinaray.assembly.training_inputs import (
+    TrainingInputs,
+    check_objective,
+    choose_job_canvas,
+    choose_training_canvas,
+    read_inputs,
+)
 from retinaray.config.loading import load_from_dict, to_dict
 from retinaray.config.schema import AnchorConfig, TrainJob
 from retinaray.data.augmentation import AugmentSettings
-from retinaray.data.batching import Batch, StreamSampler, TrainingDataset, collate_samples
-from retinaray.data.coco import CocoDataset, load_coco
-from retinaray.data.transforms import choose_canvas
+from retinaray.data.batching import (
+    Batch,
+    StreamSampler,
+    TrainingDataset,
+    collate_samples,
+    find_portraits,
+)
 from retinaray.detector.anchors import AnchorSpec
-from retinaray.detector.backbone import load_backbone_state
+from retinaray.detector.backbone import load_backbone_state, share_statistics
 from retinaray.detector.retinanet import RetinaNet
-from retinaray.errors import CheckpointError, ConfigError, DatasetError
+from retinaray.errors import CheckpointError, ConfigError
+from retinaray.training.batch_loss import LossSettings
+from retinaray.training.fine_tuning import adopt_start, load_start, read_start
 from retinaray.training.loop import LoopSettings, plan_checkpoints
+from retinaray.training.optimizer import DEFAULT_MOMENTUM, make_optimizer
 from retinaray.training.pretrained import read_backbone_weights
 from retinaray.training.schedule import Schedule
 from retinaray.training.state import TrainingState
-from retinaray.training.step import LossSettings, WeightAverage, make_optimizer
+from retinaray.training.weight_average import WeightAverage
+
+__all__ = [
+    "DEFAULT_EPOCHS",
+    "DEFAULT_SCORE_THRESHOLD",
+    "DEFAULT_WARMUP_STEPS",
+    "TrainingInputs",
+    "check_objective",
+    "choose_autocast",
+    "choose_job_canvas",
+    "count_steps",
+    "hash_settings",
+    "make_anchor_spec",
+    "make_augment_settings",
+    "make_card",
+    "make_loader",
+    "make_loop_settings",
+    "make_state",
+    "read_inputs",
+    "resolve_paths",
+]
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_EPOCHS = 40
 DEFAULT_WARMUP_STEPS = 1000
 DEFAULT_SCORE_THRESHOLD = 0.05
 _LEARNING_RATES = {"adamw": 5e-4, "sgd": 0.01}
 _WEIGHT_DECAYS = {"adamw": 0.05, "sgd": 1e-4}
-
-
-@dataclass(frozen=True)
-class TrainingInputs:
-    """The data of a training, read and checked.
-
-    Attributes:
-        train: Training set.
-        val: Validation set; none = no validation.
-        canvas: Network height and width.
-    """
-
-    train: CocoDataset
-    val: CocoDataset | None
-    canvas: tuple[int, int]
 
 
 def resolve_paths(job: TrainJob) -> TrainJob:
@@ -68,86 +89,14 @@ def resolve_paths(job: TrainJob) -> TrainJob:
     # A name of torchvision's stays a name.
     if weights is not None and Path(weights).expanduser().is_file():
         changes["model.backbone_weights"] = absolute_uri(weights)
+    if job.model.fine_tune is not None:
+        changes["model.fine_tune"] = absolute_uri(job.model.fine_tune)
     return load_from_dict(TrainJob, to_dict(job), changes)
-
-
-def read_inputs(job: TrainJob) -> TrainingInputs:
-    """Read both annotation files and choose the canvas.
-
-    Raises:
-        DatasetError: If a file is unusable, the sets name different categories, or there is nothing
-            to learn.
-        StorageError: If a file cannot be read.
-    """
-    data, read = job.data, make_reader(job.reading)
-    train = load_coco(
-        read(data.annotations),
-        num_classes=data.classes,
-        on_bad_box=data.on_bad_box,
-        source=data.annotations,
-    )
-    if len(train) == 0:
-        raise DatasetError(f"{data.annotations}: no images; give the annotations of a training set")
-    val = None
-    if data.val_annotations is not None:
-        val = load_coco(
-            read(data.val_annotations), on_bad_box=data.on_bad_box, source=data.val_annotations
-        )
-        if len(val) == 0:
-            raise DatasetError(
-                f"{data.val_annotations}: no images; leave --val-annotations out to train without "
-                "validation"
-            )
-        if val.categories != train.categories:
-            raise DatasetError(
-                f"{data.val_annotations} has other categories than {data.annotations}: "
-                f"{_differing(train, val)}; both need the same ids and names"
-            )
-    return TrainingInputs(train=train, val=val, canvas=choose_job_canvas(job, train))
-
-
-def choose_job_canvas(job: TrainJob, train: CocoDataset) -> tuple[int, int]:
-    """Network height and width of a training on these images; at least one."""
-    return job.data.size or choose_canvas(
-        np.array([record.height for record in train.images]),
-        np.array([record.width for record in train.images]),
-        resize=job.data.resize,
-        max_size=job.data.max_size,
-    )
 
 
 def hash_settings(job: TrainJob) -> str:
     """SHA-256 of a training's resolved settings, in hexadecimal."""
     return hash_content(json.dumps(to_dict(job), sort_keys=True).encode())
-
-
-def _differing(train: CocoDataset, val: CocoDataset) -> str:
-    first = {(category.id, category.name) for category in train.categories.categories}
-    second = {(category.id, category.name) for category in val.categories.categories}
-    return (
-        f"only in training {sorted(map(str, first - second))[:5]}, "
-        f"only in validation {sorted(map(str, second - first))[:5]}"
-    )
-
-
-def check_objective(job: TrainJob, inputs: TrainingInputs) -> None:
-    """Refuse an objective that no validation will report.
-
-    Raises:
-        ConfigError: If there is no validation set, or the class is not in it.
-    """
-    objective, price = job.run.objective, job.run.latency_price
-    if inputs.val is None and (objective != "AP" or price > 0):
-        raise ConfigError(
-            f"run.objective={objective}, run.latency_price={price:g} without data.val_annotations: "
-            "nothing would be measured; give --val-annotations"
-        )
-    names = inputs.train.categories.names
-    if objective.startswith("AP/") and objective.removeprefix("AP/") not in names:
-        raise ConfigError(
-            f"run.objective={objective}: no such class; expected AP/ and one of "
-            f"{', '.join(names[:20])}{', ...' if len(names) > 20 else ''}"
-        )
 
 
 def count_steps(job: TrainJob, num_images: int) -> int:
@@ -171,7 +120,8 @@ def make_card(job: TrainJob, inputs: TrainingInputs, *, run_id: str) -> tuple[Mo
     """The card, and the network with its initial weights (the same for the same seed).
 
     Raises:
-        CheckpointError: If the backbone weights cannot be read or do not fit.
+        CheckpointError: If the weights to start from cannot be read or do not fit.
+        StorageError: If the model to start from is not there.
     """
     state, is_caffe = None, False
     if job.model.backbone_weights is not None:
@@ -185,7 +135,8 @@ def make_card(job: TrainJob, inputs: TrainingInputs, *, run_id: str) -> tuple[Mo
     card = ModelCard(
         architecture=Architecture(
             backbone=job.model.backbone,
-            norm=norm,
+            # What several workers do with its statistics is no part of the network.
+            norm="bn" if norm == "sync_bn" else norm,
             fpn_channels=job.model.fpn_channels,
             head_depth=job.model.head_depth,
             stride_in_1x1=stride_in_1x1,
@@ -198,20 +149,43 @@ def make_card(job: TrainJob, inputs: TrainingInputs, *, run_id: str) -> tuple[Mo
         versions=collect_versions(),
         training=to_dict(job),
     )
+    start = None
+    if job.model.fine_tune is not None:
+        content = make_reader(job.reading)(job.model.fine_tune)
+        start = read_start(content, source=job.model.fine_tune)
+        card = adopt_start(card, start, norm=job.model.norm, stride_in_1x1=job.model.stride_in_1x1)
     torch.manual_seed(job.run.seed)
     model = card.build_model()
+    if start is not None:
+        logger.info("%s", load_start(model, card, start).to_text())
     if state is not None:
         try:
             load_backbone_state(model.backbone, state)
         except ValueError as error:
             raise CheckpointError(f"{job.model.backbone_weights}: {error}") from error
+    model.backbone.freeze(job.model.freeze_at)
     return card, model
 
 
 def make_state(job: TrainJob, model: RetinaNet) -> TrainingState:
-    """Optimizer and averages for a network that is on its device already."""
-    kind = job.optim.optimizer
-    decay = job.optim.weight_decay
+    """A training before its first step.
+
+    Args:
+        job: The training.
+        model: From `make_card`, on its device, in its memory format; in a worker of several, after
+            these have found each other. Its batch norms are shared and it is compiled in place, as
+            the job wishes: its keys stay as they are.
+
+    Raises:
+        ConfigError: If the device has no float16 and the job wants it.
+    """
+    device = next(model.parameters()).device
+    if job.model.norm == "sync_bn" and device.type == "cuda" and _has_other_workers():
+        share_statistics(model.backbone)
+    if job.run.compile:
+        model.compile(dynamic=False)
+    kind, decay, momentum = job.optim.optimizer, job.optim.weight_decay, job.optim.momentum
+    is_float16 = choose_autocast(job.run.precision, device) == torch.float16
     return TrainingState(
         model=model,
         optimizer=make_optimizer(
@@ -219,9 +193,15 @@ def make_state(job: TrainJob, model: RetinaNet) -> TrainingState:
             kind=kind,
             learning_rate=job.optim.peak_lr or _LEARNING_RATES[kind],
             weight_decay=_WEIGHT_DECAYS[kind] if decay is None else decay,
+            momentum=DEFAULT_MOMENTUM if momentum is None else momentum,
         ),
         average=WeightAverage(model, decay=job.optim.ema_decay) if job.optim.ema_decay else None,
+        scaler=torch.amp.GradScaler(device.type) if is_float16 else None,
     )
+
+
+def _has_other_workers() -> bool:
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 def make_loop_settings(
@@ -263,6 +243,8 @@ def make_loop_settings(
         ),
         clip_norm=optim.clip_norm,
         autocast_dtype=autocast_dtype,
+        accumulate=job.run.accumulate,
+        max_skipped_steps=optim.max_skipped_steps,
     )
 
 
@@ -291,11 +273,12 @@ def make_loader(
         dataset=inputs.train,
         images_root=job.data.images,
         read=make_reader(job.reading),
-        canvas=inputs.canvas,
+        canvas=choose_training_canvas(job, inputs),
         augment=make_augment_settings(job),
         seed=job.run.seed,
         max_pixels=job.reading.max_pixels,
         allow_truncated=job.reading.allow_truncated,
+        turns_for_portraits=job.data.two_canvases,
     )
     sampler = StreamSampler(
         num_images=len(inputs.train),
@@ -305,6 +288,7 @@ def make_loader(
         seed=job.run.seed,
         first_step=first_step,
         last_step=count_steps(job, len(inputs.train)),
+        portraits=find_portraits(inputs.train) if job.data.two_canvases else (),
     )
     options: Mapping[str, Any] = {}
     if num_processes:
@@ -345,11 +329,21 @@ def choose_autocast(precision: str, device: torch.device) -> torch.dtype | None:
     """Type of the convolutions: bf16 where the device computes it, or where it is asked for.
 
     Args:
-        precision: `auto`, `bf16` or `fp32`.
+        precision: `auto`, `bf16`, `fp16` or `fp32`.
         device: Where the network runs.
+
+    Raises:
+        ConfigError: If fp16 is asked for and there is no GPU.
     """
     if precision == "fp32":
         return None
+    if precision == "fp16":
+        if device.type != "cuda":
+            raise ConfigError(
+                "run.precision=fp16 (--precision fp16) needs a GPU in each worker, and this one "
+                f"computes on {device.type}: use auto, bf16 or fp32"
+            )
+        return torch.float16
     if precision == "bf16":
         return torch.bfloat16
     if device.type == "cuda":

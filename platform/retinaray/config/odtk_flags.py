@@ -56,9 +56,6 @@ _TRAIN: Mapping[str, OdtkFlag] = {
     "--full-precision": OdtkFlag("none", "", change=("run.precision", "fp32")),
     SCHEDULE: OdtkFlag("one", ""),
     "--val-iters": OdtkFlag("one", "validation is counted in epochs; use --val-every EPOCHS"),
-    "--fine-tune": OdtkFlag(
-        "one", "not supported; --backbone-weights FILE starts from a trained backbone"
-    ),
     "--augment-rotate": OdtkFlag(
         "none", "turning by 90 degrees is not supported; use --vertical-flip 0.5 with --flip 0.5"
     ),

@@ -9,6 +9,7 @@ from retinaray.config.batch_schema import (
     TilingConfig,
     WriteConfig,
 )
+from retinaray.config.convert_schema import ConvertJob
 from retinaray.config.export_schema import (
     ENGINE_ENDINGS,
     BundleJob,
@@ -17,6 +18,7 @@ from retinaray.config.export_schema import (
     ExportJob,
     GateConfig,
 )
+from retinaray.config.import_schema import ImportOdtkJob
 from retinaray.config.inference_schema import (
     DemoJob,
     DetectionConfig,
@@ -36,6 +38,7 @@ from retinaray.config.nodes import (
 )
 from retinaray.config.parity_schema import ParityJob, ToleranceConfig
 from retinaray.config.plan_schema import PlanJob
+from retinaray.config.report_schema import ReportJob
 from retinaray.config.sweep_schema import AnchorsJob, SweepConfig, TuneJob
 from retinaray.config.training_schema import (
     AnchorConfig,
@@ -60,6 +63,7 @@ __all__ = [
     "BundleJob",
     "CalibrationConfig",
     "Config",
+    "ConvertJob",
     "DecodingConfig",
     "DemoJob",
     "DetectionConfig",
@@ -69,6 +73,7 @@ __all__ = [
     "ExportJob",
     "Flag",
     "GateConfig",
+    "ImportOdtkJob",
     "InferJob",
     "Job",
     "KittiConfig",
@@ -78,6 +83,7 @@ __all__ = [
     "ParityJob",
     "PlanJob",
     "ReadingConfig",
+    "ReportJob",
     "SelectionConfig",
     "Size",
     "SweepConfig",
@@ -102,8 +108,11 @@ JOBS: tuple[type[Job], ...] = (
     BundleJob,
     InferJob,
     PlanJob,
+    ReportJob,
     AnchorsJob,
     DoctorJob,
+    ConvertJob,
+    ImportOdtkJob,
     DemoJob,
 )
 """Every job class, in the order of the verbs in `retinaray --help`."""

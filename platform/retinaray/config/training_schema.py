@@ -6,7 +6,6 @@ had one). Fields without a `Flag` are reached by their dotted path: `--loss.foca
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -21,6 +20,21 @@ from retinaray.config.nodes import (
     Size,
     require,
 )
+from retinaray.config.optim_schema import LossConfig, OptimConfig
+
+__all__ = [
+    "METRICS",
+    "AnchorConfig",
+    "AugmentConfig",
+    "LevelsName",
+    "LossConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "TrackingConfig",
+    "TrainDataConfig",
+    "TrainJob",
+    "TrainRunConfig",
+]
 
 Positive = Annotated[float, Field(gt=0)]
 METRICS = (
@@ -52,13 +66,20 @@ class ModelConfig(Config):
 
     backbone: Annotated[BackboneName, Flag("--backbone")] = "ResNet50FPN"
     """Feature extractor below the feature pyramid."""
-    norm: Annotated[Literal["auto", "frozen_bn", "bn", "gn"], Flag("--norm")] = "auto"
-    """Normalisation of the backbone; auto = frozen_bn with pretrained weights, gn from scratch."""
+    norm: Annotated[Literal["auto", "frozen_bn", "bn", "sync_bn", "gn"], Flag("--norm")] = "auto"
+    """Normalisation of the backbone; auto = frozen_bn with pretrained weights, gn from scratch;
+    sync_bn = bn over the images of all workers, where these have GPUs."""
     backbone_weights: Annotated[
         Location | None, Flag("--backbone-weights", metavar="NAME|FILE")
     ] = None
     """torchvision weights name (DEFAULT, IMAGENET1K_V1, ...: downloaded) or a local
     .pth/.safetensors file; none = from scratch."""
+    fine_tune: Annotated[Location | None, Flag("--fine-tune", metavar="FILE")] = None
+    """Weights file of a whole model to start from, instead of --backbone-weights: all that fits is
+    taken, the class head's last layer too when the classes are the same."""
+    freeze_at: Annotated[int, Field(ge=0, le=4), Flag("--freeze", unit="stages")] = 0
+    """Stem and first stages of the backbone that keep their pretrained weights; 0 = all are
+    trained."""
     stride_in_1x1: bool | None = None
     """Bottlenecks stride in their first 1x1 (Caffe weights) instead of the 3x3; none = as the
     weights file says, else 3x3."""
@@ -122,6 +143,9 @@ class TrainDataConfig(Config):
     size: Annotated[Size | None, Flag("--size", unit="px", metavar="H W")] = None
     """Network canvas, height and width; none = the one that --resize and --max-size need for
     these images."""
+    two_canvases: Annotated[bool, Flag("--two-canvases")] = False
+    """Train images that are higher than wide in batches of their own, on a canvas turned upright:
+    less padding where both shapes occur. Validation and the model have one canvas for both."""
     on_bad_box: Annotated[Literal["drop", "error"], Flag("--on-bad-box")] = "drop"
     """Boxes without area, outside the image or not finite: leave out with a warning, or refuse
     the set."""
@@ -145,6 +169,11 @@ class TrainDataConfig(Config):
                     self.val_images is None or self.val_annotations is not None,
                     f"data.val_images={self.val_images} without data.val_annotations: nothing "
                     "would be validated; give --val-annotations, or drop --val-images",
+                ),
+                (
+                    not self.two_canvases or self.size is None,
+                    f"data.two_canvases=true with data.size={self.size}: both canvases follow from "
+                    "the images; drop --size, or --two-canvases",
                 ),
             ]
         )
@@ -188,74 +217,6 @@ class AugmentConfig(Config):
         return self
 
 
-class LossConfig(Config):
-    """Matching and loss."""
-
-    focal_alpha: Annotated[float, Field(gt=0, lt=1)] = 0.25
-    """Weight of the foreground in the focal loss."""
-    focal_gamma: Annotated[float, Field(ge=0, le=10)] = 2.0
-    """Focusing power of the focal loss."""
-    box_loss: Annotated[Literal["smooth_l1", "l1", "giou"], Flag("--box-loss")] = "l1"
-    """Regression loss."""
-    box_beta: Annotated[float, Field(gt=0)] = 0.11
-    """Where smooth L1 turns from quadratic to linear."""
-    box_weight: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the regression loss beside the focal loss."""
-    anchor_ious: Annotated[
-        tuple[float, float], Flag("--anchor-ious", unit="IoU", metavar="LOW HIGH")
-    ] = (0.4, 0.5)
-    """Below LOW an anchor is background, from HIGH on it is foreground, in between it is
-    ignored."""
-    keep_best_anchor: bool = True
-    """The best anchor of each ground truth is foreground however small its IoU."""
-
-    @model_validator(mode="after")
-    def _check_fields_together(self) -> LossConfig:
-        low, high = self.anchor_ious
-        if not 0 < low <= high < 1:
-            raise ValueError(
-                f"loss.anchor_ious={self.anchor_ious} (--anchor-ious): expected 0 < LOW <= HIGH < 1"
-            )
-        return self
-
-
-class OptimConfig(Config):
-    """Optimizer and schedule."""
-
-    optimizer: Annotated[Literal["adamw", "sgd"], Flag("--optimizer")] = "adamw"
-    """adamw, or sgd with momentum 0.9."""
-    peak_lr: Annotated[float | None, Field(gt=0), Flag("--lr")] = None
-    """Learning rate after warm-up, used as given, not scaled by batch; none = 5e-4 for adamw,
-    0.01 for sgd."""
-    weight_decay: Annotated[float | None, Field(ge=0), Flag("--regularization-l2")] = None
-    """Decay of convolution weights; none = 0.05 for adamw, 1e-4 for sgd. Norms and biases do not
-    decay."""
-    warmup_steps: Annotated[int | None, Field(ge=0), Flag("--warmup", unit="steps")] = None
-    """Linear warm-up; none = 1000, but at most a tenth of the run."""
-    schedule: Annotated[Literal["cosine", "milestones"], Flag("--lr-schedule")] = "cosine"
-    """Decay after warm-up."""
-    milestones: Annotated[
-        tuple[Annotated[int, Field(ge=1)], ...], Flag("--milestones", unit="steps")
-    ] = ()
-    """Steps at which the rate is multiplied by --gamma; giving any selects the milestones
-    schedule."""
-    gamma: Annotated[float, Field(gt=0, lt=1), Flag("--gamma")] = 0.1
-    """Factor at each milestone."""
-    clip_norm: Annotated[float, Field(ge=0), Flag("--clip-norm")] = 10.0
-    """Largest gradient norm; 0 = no clipping."""
-    ema_decay: Annotated[float, Field(ge=0, lt=1), Flag("--ema-decay")] = 0.998
-    """Decay of the averaged weights that are validated and exported, ramped up from 0; 0 = no
-    averaging."""
-
-    @model_validator(mode="after")
-    def _check_fields_together(self) -> OptimConfig:
-        if any(later <= earlier for earlier, later in pairwise(self.milestones)):
-            raise ValueError(
-                f"optim.milestones={self.milestones} (--milestones): expected rising steps"
-            )
-        return self
-
-
 class TrainRunConfig(Config):
     """Length, workers and bookkeeping of a training."""
 
@@ -267,8 +228,15 @@ class TrainRunConfig(Config):
     """Optimizer steps, instead of --epochs."""
     workers: Annotated[int, Field(ge=1, le=4096), Flag("--workers", unit="workers")] = 1
     """Ray Train workers: one per GPU, or CPU processes that share the cores."""
-    precision: Annotated[Literal["auto", "bf16", "fp32"], Flag("--precision")] = "auto"
-    """auto = bf16 autocast where the device has it."""
+    accumulate: Annotated[int, Field(ge=1, le=4096), Flag("--accumulate", unit="parts")] = 1
+    """Parts in which each worker's share of a batch goes through the network, for less memory; the
+    gradient is that of the whole batch (batch norms see a part)."""
+    precision: Annotated[Literal["auto", "bf16", "fp16", "fp32"], Flag("--precision")] = "auto"
+    """auto = bf16 autocast where the device has it; fp16 = autocast with a scaled loss, on GPUs
+    without bf16."""
+    compile: Annotated[bool, Flag("--compile")] = False
+    """Compile the network in each worker (torch.compile): minutes at the start, faster steps
+    after it; needs a C++ compiler there."""
     seed: Annotated[int, Field(ge=0, lt=2**31), Flag("--seed")] = 0
     """Seed of weights, order and augmentation."""
     val_every: Annotated[int, Field(ge=1), Flag("--val-every", unit="epochs")] = 1
@@ -305,7 +273,14 @@ class TrainRunConfig(Config):
                 (
                     self.batch % self.workers == 0,
                     f"run.batch={self.batch} does not divide among run.workers={self.workers}: "
-                    f"make --batch a multiple of {self.workers}",
+                    f"make --batch a multiple of {self.workers * self.accumulate}",
+                ),
+                (
+                    self.batch % self.workers != 0
+                    or self.batch // self.workers % self.accumulate == 0,
+                    f"run.batch={self.batch} of run.workers={self.workers} does not divide into "
+                    f"run.accumulate={self.accumulate} parts each: make --batch a multiple of "
+                    f"{self.workers * self.accumulate}, or lower --accumulate",
                 ),
             ]
         )
@@ -369,9 +344,27 @@ class TrainJob(Job):
 
     @model_validator(mode="after")
     def _check_sections_together(self) -> TrainJob:
-        if self.model.norm == "frozen_bn" and self.model.backbone_weights is None:
-            raise ValueError(
-                "model.norm=frozen_bn with model.backbone_weights=none: frozen statistics of "
-                "random weights cannot be trained; give --backbone-weights, or --norm gn"
-            )
+        is_random = self.model.backbone_weights is None and self.model.fine_tune is None
+        require(
+            [
+                (
+                    self.model.norm != "frozen_bn" or not is_random,
+                    "model.norm=frozen_bn with model.backbone_weights=none: frozen statistics of "
+                    "random weights cannot be trained; give --backbone-weights or --fine-tune, or "
+                    "--norm gn",
+                ),
+                (
+                    self.model.freeze_at == 0 or not is_random,
+                    f"model.freeze_at={self.model.freeze_at} with model.backbone_weights=none: "
+                    "random layers would never learn; give --backbone-weights or --fine-tune, or "
+                    "drop --freeze",
+                ),
+                (
+                    self.model.backbone_weights is None or self.model.fine_tune is None,
+                    f"model.backbone_weights={self.model.backbone_weights} and model.fine_tune="
+                    f"{self.model.fine_tune} are both given: a whole model has its backbone; keep "
+                    "--fine-tune or --backbone-weights",
+                ),
+            ]
+        )
         return self

@@ -3,7 +3,8 @@
 The order is one endless stream of images, a fresh permutation after another, cut into global
 batches and those into equal slices for the workers. Which image stands where, and how it is
 augmented, depends on the seed and the place in the stream alone: not on the number of workers, and
-not on where a training was resumed.
+not on where a training was resumed. Where landscape and portrait images have a canvas each, each
+has a stream of its own, and a step takes its batch from one of the two.
 """
 
 from __future__ import annotations
@@ -72,6 +73,29 @@ class Batch:
     is_crowd: Bool[Tensor, "N M"]
     image_ids: tuple[int | str, ...]
 
+    def split(self, count: int) -> list[Batch]:
+        """Parts of equal size, in order.
+
+        Raises:
+            ValueError: If the images do not divide.
+        """
+        if count == 1:
+            return [self]
+        size, rest = divmod(len(self.images), count)
+        if rest or not size:
+            raise ValueError(f"{len(self.images)} images do not divide into {count} equal parts")
+        return [self._slice(slice(first, first + size)) for first in range(0, count * size, size)]
+
+    def _slice(self, rows: slice) -> Batch:
+        return Batch(
+            images=self.images[rows],
+            boxes_xyxy=self.boxes_xyxy[rows],
+            class_indices=self.class_indices[rows],
+            is_valid=self.is_valid[rows],
+            is_crowd=self.is_crowd[rows],
+            image_ids=self.image_ids[rows],
+        )
+
     def to(self, device: torch.device) -> Batch:
         """The batch on a device; copies from pinned memory do not block."""
         return Batch(
@@ -106,6 +130,8 @@ class StreamSampler(Sampler[list[StreamIndex]]):
         seed: Seed of the order.
         first_step: Step to begin with, for a resumed training.
         last_step: Step to end before.
+        portraits: Positions of the images that must not share a batch with the others; none or
+            all = one stream.
 
     Raises:
         ValueError: If there are no images, or the batch does not divide.
@@ -121,6 +147,7 @@ class StreamSampler(Sampler[list[StreamIndex]]):
         seed: int = 0,
         first_step: int = 0,
         last_step: int,
+        portraits: Sequence[int] = (),
     ) -> None:
         if num_images < 1:
             raise ValueError("num_images=0: a training needs at least one image")
@@ -132,24 +159,46 @@ class StreamSampler(Sampler[list[StreamIndex]]):
         self._rank = rank
         self._seed = seed
         self._steps = range(first_step, last_step)
+        has_both = 0 < len(portraits) < num_images
+        self._portraits = np.array(portraits if has_both else (), dtype=np.int64)
+        self._others = np.setdiff1d(np.arange(num_images), self._portraits)
 
     def __len__(self) -> int:
         return len(self._steps)
 
     def __iter__(self) -> Iterator[list[StreamIndex]]:
         for step in self._steps:
-            first = step * self._batch + self._rank * self._share
-            yield [self._locate(place) for place in range(first, first + self._share)]
+            before = self._count_portrait_steps(step)
+            is_portrait = self._count_portrait_steps(step + 1) > before
+            turn = before if is_portrait else step - before
+            first = turn * self._batch + self._rank * self._share
+            yield [self._locate(place, is_portrait) for place in range(first, first + self._share)]
 
-    def _locate(self, place: int) -> StreamIndex:
-        epoch, index = divmod(place, self._num_images)
-        return epoch, int(_permute(self._num_images, self._seed, epoch)[index])
+    def _count_portrait_steps(self, step: int) -> int:
+        """Steps with portrait images among the first ones: their share of the images, rounded.
+
+        So both streams are in the same epoch, but for half a batch, and a resumed training needs no
+        more than its step.
+        """
+        return (2 * step * len(self._portraits) + self._num_images) // (2 * self._num_images)
+
+    def _locate(self, place: int, is_portrait: bool) -> StreamIndex:
+        images = self._portraits if is_portrait else self._others
+        epoch, index = divmod(place, len(images))
+        # Portraits have seeds of their own; without them the order is that of a single stream.
+        seeds = (self._seed, epoch, 1) if is_portrait else (self._seed, epoch)
+        return epoch, int(images[_permute(len(images), seeds)[index]])
 
 
-# A batch touches two epochs at most, unless it is larger than the data set.
-@lru_cache(maxsize=2)
-def _permute(num_images: int, seed: int, epoch: int) -> Int[np.ndarray, " images"]:
-    return np.random.default_rng([seed, epoch]).permutation(num_images)
+def find_portraits(dataset: CocoDataset) -> list[int]:
+    """Positions of the images that are higher than wide."""
+    return [i for i, record in enumerate(dataset.images) if record.height > record.width]
+
+
+# A batch touches two epochs at most, unless it is larger than the data set, of either stream.
+@lru_cache(maxsize=4)
+def _permute(num_images: int, seeds: tuple[int, ...]) -> Int[np.ndarray, " images"]:
+    return np.random.default_rng(seeds).permutation(num_images)
 
 
 class TrainingDataset(Dataset[Sample]):
@@ -164,9 +213,11 @@ class TrainingDataset(Dataset[Sample]):
         seed: Seed of the random changes.
         max_pixels: Larger files are refused before they are decoded.
         allow_truncated: Accept files that end early.
+        turns_for_portraits: Images that are higher than wide have the canvas turned by 90 degrees:
+            its width as their height.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         *,
         dataset: CocoDataset,
@@ -177,6 +228,7 @@ class TrainingDataset(Dataset[Sample]):
         seed: int,
         max_pixels: int,
         allow_truncated: bool,
+        turns_for_portraits: bool = False,
     ) -> None:
         self._dataset = dataset
         self._images_root = images_root
@@ -186,6 +238,7 @@ class TrainingDataset(Dataset[Sample]):
         self._seed = seed
         self._max_pixels = max_pixels
         self._allow_truncated = allow_truncated
+        self._turns_for_portraits = turns_for_portraits
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -199,9 +252,15 @@ class TrainingDataset(Dataset[Sample]):
         epoch, position = index
         rng = np.random.default_rng([self._seed, epoch, position])
         if rng.random() >= self._augment.mosaic:
-            return self._load(position, rng, *self._canvas)
+            return self._load(position, rng, *self._choose_canvas(position))
         others = rng.integers(0, len(self._dataset), 3)
         return self._tile([position, *map(int, others)], rng)
+
+    def _choose_canvas(self, position: int) -> tuple[int, int]:
+        height, width = self._canvas
+        record = self._dataset.images[position]
+        is_turned = self._turns_for_portraits and record.height > record.width
+        return (width, height) if is_turned else (height, width)
 
     def _load(self, position: int, rng: np.random.Generator, height: int, width: int) -> Sample:
         record = self._dataset.images[position]
@@ -258,8 +317,8 @@ class TrainingDataset(Dataset[Sample]):
         return decoded.pixels
 
     def _tile(self, positions: Sequence[int], rng: np.random.Generator) -> Sample:
-        """Four images around a random centre."""
-        height, width = self._canvas
+        """Four images around a random centre, on the canvas of the first."""
+        height, width = self._choose_canvas(positions[0])
         centre_y = int(height * rng.uniform(0.35, 0.65))
         centre_x = int(width * rng.uniform(0.35, 0.65))
         canvas = np.zeros((height, width, 3), dtype=np.uint8)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torchvision.models import mobilenet_v3_large
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import FrozenBatchNorm2d
 
-NormKind = Literal["frozen_bn", "bn", "gn"]
+NormKind = Literal["frozen_bn", "bn", "sync_bn", "gn"]
 
 _RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
     "ResNet10FPN": (BasicBlock, [1, 1, 1, 1]),
@@ -37,7 +37,8 @@ class Backbone(nn.Module):
 
     Args:
         name: One of BACKBONE_NAMES.
-        norm: `frozen_bn` (statistics and affine fixed), `bn`, or `gn` (independent of the batch).
+        norm: `frozen_bn` (statistics and affine fixed), `bn`, `sync_bn` (the same network; see
+            `share_statistics`), or `gn` (independent of the batch).
         stride_in_1x1: Bottlenecks stride in their first 1x1 convolution, as Caffe's weights need;
             else in the 3x3.
 
@@ -57,6 +58,7 @@ class Backbone(nn.Module):
         if stride_in_1x1:
             _move_stride(self.body)
         self.out_channels = _count_channels(self.body)
+        self._num_frozen = 0
 
     def forward(self, images: Float[Tensor, "N 3 H W"]) -> list[Float[Tensor, "N _ _ _"]]:
         """C2 to C5, each side the ceiling of the image's over 4, 8, 16 and 32."""
@@ -77,6 +79,52 @@ class Backbone(nn.Module):
             if index in _MOBILENET_STAGES:
                 features.append(value)
         return features
+
+    def freeze(self, num_stages: int) -> None:
+        """Keep the stem and the first stages as they are: no gradient, norms in evaluation.
+
+        Args:
+            num_stages: Stages whose maps are C2, C3, ..., in [0, 4]; 0 = nothing is frozen.
+
+        Raises:
+            ValueError: If there are not so many stages.
+        """
+        if not 0 <= num_stages <= len(self.out_channels):
+            raise ValueError(
+                f"num_stages={num_stages}: expected 0 to {len(self.out_channels)}, the stages of "
+                f"{self.name}"
+            )
+        self._num_frozen = num_stages
+        for module in self._list_frozen():
+            module.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training or evaluation; what is frozen stays in evaluation."""
+        super().train(mode)
+        for module in self._list_frozen():
+            module.eval()
+        return self
+
+    def _list_frozen(self) -> list[nn.Module]:
+        # Looked up each time: `share_statistics` replaces modules.
+        if self._num_frozen == 0:
+            return []
+        if self.name == _MOBILENET:
+            return list(self.body.features[: _MOBILENET_STAGES[self._num_frozen - 1] + 1])
+        stages = [self.body.layer1, self.body.layer2, self.body.layer3, self.body.layer4]
+        return [self.body.conv1, self.body.bn1, *stages[: self._num_frozen]]
+
+
+def share_statistics(backbone: Backbone) -> None:
+    """Let batch norms that are trained take mean and variance over the batches of all workers.
+
+    Keys, weights and what is frozen stay as they are. CUDA alone has such norms, for the workers of
+    torch.distributed's default group.
+    """
+    nn.SyncBatchNorm.convert_sync_batchnorm(backbone)  # type: ignore[no-untyped-call]
+    # A new module starts in training mode.
+    backbone.train(backbone.training)
 
 
 def load_backbone_state(backbone: Backbone, state: Mapping[str, Tensor]) -> None:
@@ -114,7 +162,7 @@ def make_norm(kind: NormKind, eps: float = 1e-5) -> Callable[[int], nn.Module]:
     """The normalisation layer for a number of channels."""
     if kind == "frozen_bn":
         return partial(FrozenBatchNorm2d, eps=eps)
-    if kind == "bn":
+    if kind in ("bn", "sync_bn"):
         return partial(nn.BatchNorm2d, eps=eps)
     return _group_norm
 

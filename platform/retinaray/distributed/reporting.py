@@ -1,15 +1,30 @@
-"""Events on their way from workers on any machine to the driver that shows and keeps them."""
+"""Events on their way from workers on any machine to the driver, and its orders on the way back."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 _POLL_S = 0.5
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What the driver wants of its workers.
+
+    Attributes:
+        is_stopping: Whether they shall keep a checkpoint after the present step, and end.
+        num_checkpoints: How many checkpoints were asked for besides, since the run began.
+    """
+
+    is_stopping: bool
+    num_checkpoints: int
 
 
 class EventBoard:
@@ -17,6 +32,8 @@ class EventBoard:
 
     def __init__(self) -> None:
         self._events: list[dict[str, Any]] = []
+        self._is_stopping = False
+        self._num_checkpoints = 0
 
     def post(self, event: dict[str, Any]) -> None:
         """Leave an event."""
@@ -31,6 +48,23 @@ class EventBoard:
         events, self._events = self._events, []
         return events
 
+    def ask_to_stop(self) -> None:
+        """Leave the order to keep a checkpoint and to end."""
+        self._is_stopping = True
+
+    def ask_for_checkpoint(self) -> None:
+        """Leave the order to keep a checkpoint and to go on."""
+        self._num_checkpoints += 1
+
+    def read_orders(self) -> Orders:
+        """What was asked for so far."""
+        return Orders(self._is_stopping, self._num_checkpoints)
+
+
+def stay_here() -> NodeAffinitySchedulingStrategy:
+    """On this process's own node: a node that is lost takes its actors along, but not this one."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
 
 @contextmanager
 def follow_events(handle: Callable[[dict[str, Any]], None]) -> Iterator[Any]:
@@ -43,7 +77,8 @@ def follow_events(handle: Callable[[dict[str, Any]], None]) -> Iterator[Any]:
     Yields:
         The actor to post to: `board.post.remote(event)`.
     """
-    board: Any = ray.remote(EventBoard).options(num_cpus=0, max_restarts=0).remote()
+    options = {"num_cpus": 0, "max_restarts": 0, "scheduling_strategy": stay_here()}
+    board: Any = ray.remote(EventBoard).options(**options).remote()
     is_over = threading.Event()
     failures: list[BaseException] = []
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import shutil
+import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 
 from retinaray.assembly.coverage_check import check_coverage
-from retinaray.assembly.job_plan_workers import WorkerPlan, plan_training
-from retinaray.assembly.provenance import collect_versions, make_run_id
-from retinaray.assembly.reading import make_reader
+from retinaray.assembly.job_plan_workers import ClusterSize, WorkerPlan, plan_training
+from retinaray.assembly.reading import absolute_uri
 from retinaray.assembly.tracking import check_tracking, make_experiment_run, make_loggers
 from retinaray.assembly.training import (
     TrainingInputs,
@@ -24,34 +22,27 @@ from retinaray.assembly.training import (
     read_inputs,
     resolve_paths,
 )
-from retinaray.config.loading import to_dict
+from retinaray.config.loading import load_from_dict, to_dict
 from retinaray.config.schema import TrainJob
-from retinaray.config.training_schema import TrackingConfig
 from retinaray.distributed.resources import connect
-from retinaray.distributed.run_settings import compare_settings
-from retinaray.errors import ConfigError
+from retinaray.distributed.run_store import RunStore
+from retinaray.distributed.stop_signals import StopSignal, catch_signals, end_process
+from retinaray.distributed.train_records import FREE_SETTINGS, open_run
+from retinaray.errors import CheckpointError, ClusterError, ConfigError
 from retinaray.log_format import log_fields
 from retinaray.reporting.experiment_loggers import ExperimentRun
-from retinaray.reporting.training_log import TrainingLog
+from retinaray.reporting.training_log import TrainingLog, read_events
 from retinaray.reporting.training_progress import TrainingView
-from retinaray.storage import Storage, is_s3
+from retinaray.storage import Storage, is_s3, join_uri
+from retinaray.training.checkpoint_files import read_manifest, read_verified
 from retinaray.training.state import WEIGHTS_FILE
+
+if TYPE_CHECKING:
+    from retinaray.distributed.train_events import TrainEvents
 
 logger = logging.getLogger(__name__)
 
-# Settings that may change when a training is resumed: they do not change what is computed.
-_FREE_SETTINGS = (
-    "run.override",
-    "run.workers",
-    "run.max_failures",
-    "run.log_every",
-    "run.strict_anchors",
-    "data.loader_processes",
-    "reading.threads",
-    # As a whole, because the records of older runs do not have it.
-    "tracking",
-    *(f"tracking.{name}" for name in TrackingConfig.model_fields),
-)
+_FREE_SETTINGS = FREE_SETTINGS
 
 
 @dataclass(frozen=True)
@@ -64,6 +55,8 @@ class TrainOutcome:
         metrics: Of the kept weights: AP, AP50, epoch, step.
         steps: Steps taken in all.
         seconds: Wall time of this command.
+        recoveries: Seconds from each interruption to the first step after it.
+        skipped_images: Images in steps without a finite gradient; listed in the run folder.
         exit_code: 0.
     """
 
@@ -72,6 +65,8 @@ class TrainOutcome:
     metrics: Mapping[str, Any]
     steps: int
     seconds: float
+    recoveries: tuple[float, ...] = ()
+    skipped_images: int = 0
     exit_code: int = 0
 
     def to_json(self) -> str:
@@ -85,11 +80,20 @@ class TrainOutcome:
         if score is not None:
             kept = f"epoch {self.metrics['epoch']:.4g}, validation AP {score:.3f}"
             kept += f", AP50 {self.metrics['AP50']:.3f}"
-        return (
-            f"{self.steps} steps in {self.seconds:.0f} s\n"
-            f"weights  {self.model}  ({kept})\n"
-            f"run      {self.run_folder}  (loss.png, metrics.jsonl, tensorboard/, last.pth)"
-        )
+        lines = [
+            f"{self.steps} steps in {self.seconds:.0f} s",
+            f"weights  {self.model}  ({kept})",
+            f"run      {self.run_folder}  (loss.png, metrics.jsonl, tensorboard/, last.pth)",
+        ]
+        if self.recoveries:
+            times = ", ".join(f"{seconds:.0f} s" for seconds in self.recoveries)
+            lines.append(f"survived {len(self.recoveries)} interruptions, going on after {times}")
+        if self.skipped_images:
+            lines.append(
+                f"skipped  {self.skipped_images} images in steps without a finite gradient "
+                "(skipped_images.jsonl)"
+            )
+        return "\n".join(lines)
 
 
 def run_training(job: TrainJob) -> TrainOutcome:
@@ -99,32 +103,44 @@ def run_training(job: TrainJob) -> TrainOutcome:
         ConfigError: If the output is not local, or holds a run with other settings, or a tracker's
             package is not installed.
         DatasetError: If the data cannot be learnt from.
-        CheckpointError: If backbone weights cannot be used.
-        StorageError: If a tracker of experiments does not answer at the start.
+        CheckpointError: If backbone weights cannot be used, or none of the run's checkpoints.
+        StorageError: If checkpoints cannot be reached, or a tracker does not answer at the start.
         ClusterError: If the cluster is too small, or the training failed more often than allowed.
+        SystemExit: After SIGTERM, when a checkpoint is kept.
+        KeyboardInterrupt: After Ctrl-C, when a checkpoint is kept.
     """
     start = time.monotonic()
     if is_s3(job.output):
         raise ConfigError(f"output={job.output!r}: expected a local path for the weights file")
     check_tracking(job.tracking)
-    job = resolve_paths(job)
+    job = _resolve_storage(resolve_paths(job))
     inputs = read_inputs(job)
     folder = Path(job.output).with_suffix("")
     folder = folder.with_name(folder.name + "_run")
     check_objective(job, inputs)
     _announce(job, inputs)
     check_coverage(job, inputs)
-    record = _open_run(job, folder)
+    store = RunStore(_read_option(job, "storage") or str(folder), job.reading.endpoint_url)
+    record = open_run(job, folder, store)
     # The trackers are asked before a worker starts, and told last, when all files are there.
     with (
         log_fields(run_id=record["run_id"]),
         _track(job, folder, record) as tracked,
         connect(min_cpus=job.run.workers) as cluster,
+        catch_signals() as stop,
     ):
-        plan = plan_training(job.run.workers, cluster)
+        plan = _plan_workers(job, cluster)
         with TrainingLog(folder) as log, TrainingView() as view:
-            handlers = (log.write, view.show, tracked.write)
-            metrics = _fit(job, plan, folder, record, handlers)
+
+            def handle(event: Mapping[str, Any]) -> None:
+                log.write(event)
+                if event["kind"] != "recovery":
+                    view.show(event)
+                tracked.write(event)
+
+            events = _make_events(folder, handle)
+            result = _fit(job, plan, record["run_id"], store, events, stop)
+            metrics = _keep_weights(result, job, folder, store, record["run_id"])
         tracked.write({"kind": "kept", **metrics["kept"]})
     return TrainOutcome(
         model=job.output,
@@ -132,7 +148,29 @@ def run_training(job: TrainJob) -> TrainOutcome:
         metrics=metrics["kept"],
         steps=metrics["steps"],
         seconds=round(time.monotonic() - start, 1),
+        recoveries=tuple(events.recoveries),
+        skipped_images=events.num_skipped_images,
     )
+
+
+def _read_option(job: TrainJob, name: str) -> Any:
+    """A setting of the run that sweeps and older records do not have; None without it."""
+    return getattr(job.run, name, None)
+
+
+def _resolve_storage(job: TrainJob) -> TrainJob:
+    storage = _read_option(job, "storage")
+    if storage is None:
+        return job
+    return load_from_dict(TrainJob, to_dict(job), {"run.storage": absolute_uri(storage)})
+
+
+def _plan_workers(job: TrainJob, cluster: ClusterSize) -> WorkerPlan:
+    """The workers of a full cluster; refused only if not even the least number fits now."""
+    least = _read_option(job, "min_workers") or job.run.workers
+    plan = plan_training(least, cluster)
+    threads = max(1, int(cluster.num_cpus / job.run.workers))
+    return replace(plan, num_workers=job.run.workers, num_threads=threads)
 
 
 def _announce(job: TrainJob, inputs: TrainingInputs) -> None:
@@ -150,61 +188,6 @@ def _announce(job: TrainJob, inputs: TrainingInputs) -> None:
     )
 
 
-def _open_run(job: TrainJob, folder: Path) -> dict[str, Any]:
-    """The run's record: a new one, or that of the interrupted run in this folder.
-
-    Raises:
-        ConfigError: If the folder holds a run with other settings or data, and --override is not
-            given.
-    """
-    read = make_reader(job.reading)
-    annotations = {
-        uri: hashlib.sha256(read(uri)).hexdigest()
-        for uri in (job.data.annotations, job.data.val_annotations)
-        if uri is not None
-    }
-    path = folder / "run.json"
-    if path.exists() and not job.run.override:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        differences = compare_settings(found["job"], to_dict(job), free=_FREE_SETTINGS)
-        if found["annotations_sha256"] != annotations:
-            differences.append("the annotation files have changed")
-        if differences:
-            raise ConfigError(
-                f"{folder} holds a run with other settings: {'; '.join(differences)}. "
-                "Give another model path, or --override to start over (its checkpoints are removed)"
-            )
-        logger.info("resuming run %s in %s", found["run_id"], folder)
-        return found
-    _clear(folder, is_asked_for=job.run.override)
-    record = {
-        "run_id": make_run_id(),
-        "job": to_dict(job),
-        "annotations_sha256": annotations,
-        "versions": collect_versions(),
-    }
-    # Whole or not at all: half a record would stop the next command in this folder.
-    Storage().write_bytes(str(path), json.dumps(record, indent=1).encode())
-    return record
-
-
-def _clear(folder: Path, *, is_asked_for: bool) -> None:
-    """Make an empty folder; what is no training's is removed only on --override.
-
-    Raises:
-        ConfigError: If there is something else, and nobody said that it may go.
-    """
-    if folder.exists():
-        is_run = folder.is_dir() and (not any(folder.iterdir()) or (folder / "run.json").exists())
-        if not (is_run or (folder.is_dir() and is_asked_for)):
-            raise ConfigError(
-                f"{folder} is needed for the run, but it is there with no run.json in it: give "
-                "another model path, move it away, or --override to remove it"
-            )
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-
-
 def _track(job: TrainJob, folder: Path, record: Mapping[str, Any]) -> ExperimentRun:
     loggers = make_loggers(job.tracking, folder=folder, run_id=record["run_id"])
     return make_experiment_run(
@@ -219,34 +202,77 @@ def _track(job: TrainJob, folder: Path, record: Mapping[str, Any]) -> Experiment
     )
 
 
+def _make_events(folder: Path, handle: Any) -> TrainEvents:
+    from retinaray.distributed.train_events import TrainEvents
+
+    steps = [event["step"] for event in read_events(folder) if event["kind"] == "progress"]
+    return TrainEvents(folder, handle, last_step=max(steps, default=0))
+
+
 def _fit(
     job: TrainJob,
     plan: WorkerPlan,
-    folder: Path,
-    record: Mapping[str, Any],
-    handlers: Sequence[Callable[[Mapping[str, Any]], None]],
+    run_id: str,
+    store: RunStore,
+    events: TrainEvents,
+    stop: StopSignal,
+) -> Any:
+    """Ray's result of a training that came to its end.
+
+    Raises:
+        ClusterError: If it failed.
+        SystemExit: If a signal stopped it; KeyboardInterrupt if that was Ctrl-C.
+    """
+    from retinaray.distributed.train_run import RunSetup, fit_workers
+
+    setup = RunSetup(
+        run_id=run_id,
+        store=store,
+        events=events,
+        stop=stop,
+        min_workers=_read_option(job, "min_workers"),
+        keep_every=_read_option(job, "keep_every") or 0,
+    )
+    cause, result = "", None
+    try:
+        result = fit_workers(job, plan, setup)
+    except ClusterError as error:
+        if stop.number is None:
+            raise
+        cause = f" ({error})"
+    if stop.number is None or (result is not None and result.return_value != "stopped"):
+        return result
+    kept = "no checkpoint yet"
+    if events.checkpoint is not None:
+        kept = f"kept {events.checkpoint['folder']}"
+    name = signal.Signals(stop.number).name
+    logger.warning("stopped by %s: %s%s; the same command goes on from there", name, kept, cause)
+    return end_process(stop.number)
+
+
+def _keep_weights(
+    result: Any, job: TrainJob, folder: Path, store: RunStore, run_id: str
 ) -> dict[str, Any]:
-    from retinaray.distributed.train_run import run_workers
+    """Copy the best weights to the output and the last beside the run's other files.
 
-    def handle(event: dict[str, Any]) -> None:
-        for entry in handlers:
-            entry(event)
+    Raises:
+        CheckpointError: If the last weights, or those of every good checkpoint, are damaged.
+    """
 
-    result = run_workers(job, plan, folder=folder, run_id=record["run_id"], handle_event=handle)
-    return _keep_weights(result, Path(job.output), folder)
+    def copy(checkpoint: Any, target: Path) -> None:
+        source = join_uri(store.checkpoints, PurePosixPath(checkpoint.path).name)
+        manifest = read_manifest(source, run_id=run_id, files=store.files)
+        content = read_verified(source, WEIGHTS_FILE, manifest=manifest, files=store.files)
+        Storage().write_bytes(str(target), content)
 
-
-def _keep_weights(result: Any, output: Path, folder: Path) -> dict[str, Any]:
-    """Copy the best weights to the output and the last beside the checkpoints."""
-    best = max(result.best_checkpoints, key=lambda pair: pair[1]["score"])
-    _copy_weights(result.checkpoint, folder / "last.pth")
-    _copy_weights(best[0], output)
-    kept = {key: best[1].get(key) for key in ("AP", "AP50", "AP75", "epoch", "step")}
-    return {"kept": kept, "steps": result.metrics["step"]}
-
-
-def _copy_weights(checkpoint: Any, target: Path) -> None:
-    with checkpoint.as_directory() as source:
-        temporary = target.with_name(target.name + ".part")
-        shutil.copyfile(Path(source) / WEIGHTS_FILE, temporary)
-        temporary.replace(target)
+    copy(result.checkpoint, folder / "last.pth")
+    ranked = sorted(result.best_checkpoints, key=lambda pair: pair[1]["score"], reverse=True)
+    for checkpoint, metrics in ranked:
+        try:
+            copy(checkpoint, Path(job.output))
+        except CheckpointError as error:
+            logger.warning("weights are not used, the next best are: %s", error)
+            continue
+        kept = {key: metrics.get(key) for key in ("AP", "AP50", "AP75", "epoch", "step")}
+        return {"kept": kept, "steps": result.metrics["step"]}
+    raise CheckpointError(f"no weights in {store.checkpoints} can be used; train again")

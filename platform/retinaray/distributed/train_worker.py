@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import tempfile
-import time
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
 import ray
@@ -17,9 +14,10 @@ import torch.distributed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from retinaray.artifact import ModelCard, dump_weights
+from retinaray.artifact import ModelCard
 from retinaray.assembly.job_plan_workers import count_loaders
 from retinaray.assembly.training import (
+    TrainingInputs,
     choose_autocast,
     hash_settings,
     make_card,
@@ -32,41 +30,97 @@ from retinaray.config.loading import load_from_dict
 from retinaray.config.schema import TrainJob
 from retinaray.detector.anchors import hash_anchors
 from retinaray.detector.retinanet import RetinaNet
+from retinaray.distributed.checkpoint_keeping import CheckpointKeeper
+from retinaray.distributed.notices import NoticeWatch, ask_board
+from retinaray.distributed.resuming import agree_on_beginning, read_state
+from retinaray.distributed.run_store import RunStore
 from retinaray.distributed.train_metrics import TrainMetrics
-from retinaray.distributed.validation import Validator, make_validator, rate
-from retinaray.evaluation.candidates import CandidateSet
+from retinaray.distributed.validation import make_validator
 from retinaray.log_format import start_worker_log
-from retinaray.training.loop import Progress, run_loop
-from retinaray.training.state import CANDIDATES_FILE, STATE_FILE, WEIGHTS_FILE, TrainingState
+from retinaray.storage import join_uri
+from retinaray.training.checkpoint_files import find_checkpoints
+from retinaray.training.loop import CheckpointKind, LoopEnd, LoopSettings, Progress, run_loop
+from retinaray.training.state import TrainingState
 
 logger = logging.getLogger(__name__)
 
 
-def train_worker(config: dict[str, Any]) -> None:
+def train_worker(config: dict[str, Any]) -> LoopEnd:
     """Train as one of the workers of a run; entered by Ray in a process of its own.
 
     Args:
         config: `job` (a resolved TrainJob as plain values), `run_id`, `threads`, `board` (an
-            EventBoard actor), `is_trial` (keep raw candidates, measure the latency), `janitor` (a
-            Janitor actor for a trial; None otherwise), `log` (how the driver logs).
+            EventBoard actor), `store` (where checkpoints go), `keep_every` (epochs between weights
+            that are kept for good), `is_trial` (keep raw candidates, measure the latency),
+            `janitor` (a Janitor actor for a trial; None otherwise), `log` (how the driver logs).
+
+    Returns:
+        Why the training ended.
     """
     torch.set_num_threads(config["threads"])
-    job = load_from_dict(TrainJob, config["job"])
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
+    if device.type == "cuda":
+        # What is sent between workers goes through the present device of each.
+        torch.cuda.set_device(device)
     start_worker_log(config["log"], run_id=config["run_id"], rank=rank)
     _report_to_janitor(config)
+    store: RunStore = config["store"]
+    beginning = agree_on_beginning(
+        store.checkpoints, run_id=config["run_id"], board=config["board"], files=store.files
+    )
+    if beginning.is_stopping:
+        return "stopped"
+    job = load_from_dict(TrainJob, config["job"])
     inputs = read_inputs(job)
     card, model = make_card(job, inputs, run_id=config["run_id"])
     model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     state = make_state(job, model)
-    _restore(state)
+    if beginning.name is not None:
+        source = join_uri(store.checkpoints, beginning.name)
+        content = read_state(
+            store.checkpoints, beginning.name, run_id=config["run_id"], files=store.files
+        )
+        state.load(content, source=source)
+        del content
+    if rank == 0:
+        for reason in beginning.refused:
+            config["board"].post.remote({"kind": "refused", "reason": reason})
     settings = make_loop_settings(
         job, len(inputs.train), autocast_dtype=choose_autocast(job.run.precision, device)
     )
     metrics = TrainMetrics(config["run_id"], rank=rank, batch=job.run.batch, first_step=state.step)
-    keeper = _Keeper(
+    keeper = _make_keeper(config, job, inputs, card, state, settings, metrics)
+    logger.info("worker %d of %d trains on %s from step %d", rank, world_size, device, state.step)
+    loader = make_loader(
+        job,
+        inputs,
+        rank=rank,
+        world_size=world_size,
+        first_step=state.step,
+        num_processes=count_loaders(
+            job.data.loader_processes,
+            num_threads=config["threads"],
+            has_gpu=device.type == "cuda",
+        ),
+        pin_memory=device.type == "cuda",
+    )
+    wrapped = _wrap(model, device, world_size)
+    return _run(wrapped, loader, settings, keeper)
+
+
+def _make_keeper(
+    config: dict[str, Any],
+    job: TrainJob,
+    inputs: TrainingInputs,
+    card: ModelCard,
+    state: TrainingState,
+    settings: LoopSettings,
+    metrics: TrainMetrics,
+) -> CheckpointKeeper:
+    store: RunStore = config["store"]
+    return CheckpointKeeper(
         job=job,
         num_images=len(inputs.train),
         card=card,
@@ -76,38 +130,96 @@ def train_worker(config: dict[str, Any]) -> None:
             job, inputs, card, autocast_dtype=settings.autocast_dtype, is_trial=config["is_trial"]
         ),
         is_trial=config["is_trial"],
-        proof=_prove(job, model, inputs.canvas),
+        proof=_prove(job, state.model, inputs.canvas),
         metrics=metrics,
+        store=store,
+        run_id=config["run_id"],
+        keep_every=config["keep_every"],
+        taken=set(find_checkpoints(store.checkpoints, store.files)),
     )
-    logger.info("worker %d of %d trains on %s from step %d", rank, world_size, device, state.step)
+
+
+def _run(
+    wrapped: nn.Module, loader: Any, settings: LoopSettings, keeper: CheckpointKeeper
+) -> LoopEnd:
+    """Take the steps; a machine's notice interrupts them for a checkpoint, the driver's ends."""
+    state, board, metrics = keeper.state, keeper.board, keeper.metrics
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    device = next(state.model.parameters()).device
+    # One worker is enough to ask: a vote of one is a vote of all.
+    watch = NoticeWatch(ask_board(board) if rank == 0 else None)
+    first_step = _FirstStep(state, board)
 
     def post_progress(progress: Progress) -> None:
+        first_step.tell()
+        if progress.skipped_image_ids:
+            image_ids = list(progress.skipped_image_ids)
+            board.post.remote({"kind": "skipped", "step": progress.step, "image_ids": image_ids})
         shared = _average_losses(progress, device, world_size)
         metrics.count_progress(shared)
         if rank == 0:
-            config["board"].post.remote({"kind": "progress", **asdict(shared)})
+            values = {k: v for k, v in asdict(shared).items() if k != "skipped_image_ids"}
+            board.post.remote({"kind": "progress", **values})
 
-    run_loop(
-        state,
-        _wrap(model, device, world_size),
-        make_loader(
-            job,
-            inputs,
-            rank=rank,
-            world_size=world_size,
-            first_step=state.step,
-            num_processes=count_loaders(
-                job.data.loader_processes,
-                num_threads=config["threads"],
-                has_gpu=device.type == "cuda",
-            ),
-            pin_memory=device.type == "cuda",
-        ),
-        settings,
-        world_size=world_size,
-        on_progress=post_progress,
-        on_checkpoint=keeper.keep,
-    )
+    def keep(kind: CheckpointKind) -> bool:
+        is_enough = keeper.keep(kind)
+        watch.note_checkpoint()
+        return is_enough
+
+    def wants_checkpoint() -> bool:
+        first_step.tell()
+        return watch.wants_checkpoint()
+
+    # What a notice interrupts goes on with the very batches that are on their way.
+    batches = iter(loader)
+    watch.ask()
+    watch.start()
+    try:
+        while True:
+            end = run_loop(
+                state,
+                wrapped,
+                batches,
+                settings,
+                world_size=world_size,
+                on_progress=post_progress,
+                on_checkpoint=keep,
+                wants_stop=wants_checkpoint,
+            )
+            if end != "stopped" or _is_end_wanted(watch, device, world_size):
+                return end
+    finally:
+        watch.close()
+
+
+class _FirstStep:
+    """Tells the driver of a group's first step, before any report of it, and only once."""
+
+    def __init__(self, state: TrainingState, board: Any) -> None:
+        context = ray.train.get_context()
+        self._state = state
+        self._board = board
+        self._restored_step = state.step
+        self._num_workers = context.get_world_size()
+        self._is_told = context.get_world_rank() != 0
+
+    def tell(self) -> None:
+        """Called after each step."""
+        if self._is_told:
+            return
+        self._is_told = True
+        event = {"kind": "running", "step": self._state.step, "num_workers": self._num_workers}
+        self._board.post.remote({**event, "restored_step": self._restored_step})
+
+
+def _is_end_wanted(watch: NoticeWatch, device: torch.device, world_size: int) -> bool:
+    """Whether the driver stops the training; all workers come here together."""
+    if world_size == 1:
+        return watch.is_stopping
+    answer = torch.tensor([float(watch.is_stopping)], device=device)
+    torch.distributed.broadcast(answer, src=0)
+    return bool(answer.item())
 
 
 def _report_to_janitor(config: dict[str, Any]) -> None:
@@ -132,79 +244,6 @@ def _wrap(model: RetinaNet, device: torch.device, world_size: int) -> nn.Module:
         return model
     device_ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
-
-
-def _restore(state: TrainingState) -> None:
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return
-    with checkpoint.as_directory() as folder:
-        path = Path(folder) / STATE_FILE
-        state.load(path.read_bytes(), source=str(path))
-
-
-@dataclass
-class _Keeper:
-    """Validates, writes and reports a checkpoint on all workers together."""
-
-    job: TrainJob
-    num_images: int
-    card: ModelCard
-    state: TrainingState
-    board: Any
-    validator: Validator | None
-    is_trial: bool
-    proof: dict[str, str]
-    metrics: TrainMetrics
-
-    def keep(self, is_last: bool) -> bool:
-        """Make one checkpoint; returns whether the training should stop early."""
-        run, state = self.job.run, self.state
-        metrics: dict[str, Any] = {
-            "step": state.step,
-            "epoch": state.step * run.batch / self.num_images,
-        }
-        # Without a validation the newest weights are the best.
-        score = float(state.step)
-        should_stop = False
-        validation = None
-        if self.validator is not None:
-            device = next(state.model.parameters()).device
-            validation = self.validator.validate(state.exported_state(), device)
-            metrics |= validation.metrics
-            score = rate(metrics, objective=run.objective, latency_price=run.latency_price)
-            state.note_validation(score if metrics.get(run.objective) is not None else None)
-            should_stop = run.patience > 0 and state.num_stale >= run.patience and not is_last
-        metrics["score"] = score
-        if self.is_trial:
-            metrics |= self.proof
-        if ray.train.get_context().get_world_rank() != 0:
-            ray.train.report(metrics)
-            return should_stop
-        if validation is not None:
-            self.metrics.note_map(metrics.get("AP"))
-            self.board.post.remote({"kind": "validation", **metrics})
-        candidates = validation.candidates if validation is not None and self.is_trial else None
-        self._report(metrics, candidates)
-        return should_stop
-
-    def _report(self, metrics: dict[str, Any], candidates: CandidateSet | None) -> None:
-        start_s = time.perf_counter()
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            (folder / STATE_FILE).write_bytes(self.state.dump())
-            weights = dump_weights(self.card, self.state.exported_state())
-            (folder / WEIGHTS_FILE).write_bytes(weights)
-            if candidates is not None:
-                (folder / CANDIDATES_FILE).write_bytes(candidates.dump())
-            ray.train.report(
-                metrics,
-                checkpoint=ray.train.Checkpoint.from_directory(folder),
-                checkpoint_dir_name=f"step_{self.state.step:08d}",
-            )
-        seconds = time.perf_counter() - start_s
-        self.metrics.count_checkpoint(seconds)
-        logger.info("checkpoint after step %d in %.2f s", self.state.step, seconds)
 
 
 def _prove(job: TrainJob, model: RetinaNet, canvas: tuple[int, int]) -> dict[str, str]:

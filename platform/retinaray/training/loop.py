@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from retinaray.data.batching import Batch
-from retinaray.errors import RetinarayError
+from retinaray.detector.retinanet import RetinaNet
+from retinaray.training.batch_loss import LossSettings
+from retinaray.training.progress import Progress, ProgressWindow
 from retinaray.training.schedule import Schedule
+from retinaray.training.signals import READ_DELAY, StepSignals
 from retinaray.training.state import TrainingState
-from retinaray.training.step import LossSettings, StepResult, take_step
+from retinaray.training.step import TrainingStep
 
-# This many steps in a row without a finite gradient are a diverged training, not a bad batch.
-MAX_SKIPPED_IN_A_ROW = 20
+__all__ = [
+    "CheckpointKind",
+    "LoopEnd",
+    "LoopSettings",
+    "Progress",
+    "never",
+    "plan_checkpoints",
+    "run_loop",
+]
+
+CheckpointKind = Literal["planned", "last", "stop"]
+"""Why a checkpoint is made: its step was planned, the training is over, or somebody stops it."""
+
+LoopEnd = Literal["finished", "early", "stopped"]
+"""Why a loop ended: no step is left, a planned checkpoint said so, or a worker was asked to."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +49,8 @@ class LoopSettings:
         schedule: Learning rate.
         clip_norm: Largest gradient norm; 0 = no clipping.
         autocast_dtype: Type of the convolutions; none = float32.
+        accumulate: Parts in which a worker's share of a batch goes through the network.
+        max_skipped_steps: Steps in a row without a finite gradient that end the training.
     """
 
     batch: int
@@ -42,43 +61,13 @@ class LoopSettings:
     schedule: Schedule
     clip_norm: float
     autocast_dtype: torch.dtype | None
+    accumulate: int = 1
+    max_skipped_steps: int = 20
 
-
-@dataclass(frozen=True)
-class Progress:
-    """What the loop reports now and then.
-
-    Losses, norms and counts are means over the steps since the last report that had a finite
-    gradient, NaN if none had; times leave checkpoints out.
-
-    Attributes:
-        step: Steps taken.
-        total_steps: Steps of the whole training.
-        epoch: Passes over the training set so far, as a fraction.
-        class_loss: Focal loss over the foreground count, this worker's share times the number of
-            workers.
-        box_loss: Regression loss, likewise.
-        learning_rate: Rate of the last step.
-        gradient_norm: Before clipping.
-        num_foreground: Foreground anchors per image.
-        num_skipped: Steps without a finite gradient, since the last report.
-        images_per_s: Over all workers.
-        wait_share: Part of the time that was spent waiting for images, in [0, 1].
-        eta_s: Expected seconds to the end.
-    """
-
-    step: int
-    total_steps: int
-    epoch: float
-    class_loss: float
-    box_loss: float
-    learning_rate: float
-    gradient_norm: float
-    num_foreground: float
-    num_skipped: int
-    images_per_s: float
-    wait_share: float
-    eta_s: float
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole training."""
+        return self.checkpoint_steps[-1]
 
 
 def plan_checkpoints(
@@ -105,6 +94,11 @@ def plan_checkpoints(
     return (*steps, total_steps)
 
 
+def never() -> bool:
+    """Nobody wants to stop."""
+    return False
+
+
 def run_loop(
     state: TrainingState,
     wrapped: nn.Module,
@@ -113,9 +107,10 @@ def run_loop(
     *,
     world_size: int,
     on_progress: Callable[[Progress], None],
-    on_checkpoint: Callable[[bool], bool],
-) -> None:
-    """Take steps until the batches end or a checkpoint says stop.
+    on_checkpoint: Callable[[CheckpointKind], bool],
+    wants_stop: Callable[[], bool] = never,
+) -> LoopEnd:
+    """Take steps until the batches end, a checkpoint says stop, or a worker is asked to stop.
 
     Args:
         state: Where the training stands; changed in place.
@@ -123,104 +118,106 @@ def run_loop(
         batches: This worker's batches from `state.step` on, on the CPU.
         settings: How to train.
         world_size: Number of workers, for the reported losses.
-        on_progress: Called every `log_every` steps.
-        on_checkpoint: Called at each checkpoint step with whether it is the last; returns whether
-            to stop.
+        on_progress: Called every `log_every` steps, and before a divergence is raised.
+        on_checkpoint: Called at each checkpoint step as `planned`, after the final one as `last`,
+            and as `stop` where a worker's wish comes between them; returns whether to end the
+            training early, which counts at planned ones.
+        wants_stop: Asked after each step. Where one worker says yes, all stop after the same step,
+            the third after it: votes travel with the next step's foreground count, and are read
+            when the device is done with them.
+
+    Returns:
+        Why it ended.
 
     Raises:
         RetinarayError: If too many steps in a row have no finite gradient.
     """
-    device = next(state.model.parameters()).device
-    total_steps = settings.checkpoint_steps[-1]
-    window = _Window(settings, world_size)
-    anchors = None
-    recent: list[torch.Tensor] = []
+    total_steps = settings.total_steps
+    step = _make_step(state, wrapped, settings)
+    anchors = _AnchorsBySize(state.model)
+    signals = StepSignals(max_skipped_steps=settings.max_skipped_steps)
+    window = ProgressWindow(
+        batch=settings.batch,
+        num_images=settings.num_images,
+        total_steps=total_steps,
+        world_size=world_size,
+    )
+    is_asked = False
     state.model.train()
+    device = next(state.model.parameters()).device
     for batch in batches:
         window.note_arrival()
         moved = batch.to(device)
-        if anchors is None:
-            anchors = state.model.anchors_for(moved.images)
         rate = settings.schedule.rate_at(state.step)
-        result = take_step(
-            wrapped,
-            state.optimizer,
+        result = step.take(
             moved,
-            anchors_xyxy=anchors,
-            settings=settings.loss,
+            anchors_xyxy=anchors.over(moved.images),
             learning_rate=rate,
-            clip_norm=settings.clip_norm,
-            autocast_dtype=settings.autocast_dtype,
+            wants_stop=is_asked,
         )
         if state.average:
-            state.average.update(state.model, state.step)
+            state.average.update(state.model, state.step, is_finite=result.is_finite)
         state.step += 1
-        window.add(result)
-        recent = [*recent[1 - MAX_SKIPPED_IN_A_ROW :], result.is_finite]
-        if state.step % settings.log_every == 0 or state.step == total_steps:
-            _refuse_divergence(recent, state.step, batch)
+        window.add(result, batch.image_ids)
+        signals.send(result, state.step, batch.image_ids)
+        signals.receive(num_behind=READ_DELAY if state.step < total_steps else 0)
+        if signals.has_diverged or _is_report_due(state.step, settings):
             on_progress(window.summarise(state.step, rate))
-            window = _Window(settings, world_size)
-        if state.step in settings.checkpoint_steps:
-            should_stop = on_checkpoint(state.step == total_steps)
+        if signals.has_diverged:
+            raise signals.describe_divergence()
+        kind = _choose_checkpoint(state.step, settings, must_stop=signals.must_stop)
+        if kind is not None:
+            is_enough = on_checkpoint(kind)
             state.model.train()
             window.leave_out_pause()
-            if should_stop:
-                return
+            if kind == "planned" and is_enough:
+                return "early"
+            if kind != "last" and signals.must_stop:
+                return "stopped"
+        is_asked = wants_stop()
+    return "finished"
 
 
-def _refuse_divergence(recent: list[torch.Tensor], step: int, batch: Batch) -> None:
-    if len(recent) == MAX_SKIPPED_IN_A_ROW and not torch.stack(recent).any():
-        raise RetinarayError(
-            f"no finite gradient in {MAX_SKIPPED_IN_A_ROW} steps up to step {step} "
-            f"(last images: {', '.join(map(str, batch.image_ids[:8]))}): "
-            "lower the learning rate (--lr), or look at these images with `retinaray doctor`"
-        )
+def _make_step(state: TrainingState, wrapped: nn.Module, settings: LoopSettings) -> TrainingStep:
+    return TrainingStep(
+        wrapped,
+        state.optimizer,
+        loss=settings.loss,
+        clip_norm=settings.clip_norm,
+        autocast_dtype=settings.autocast_dtype,
+        accumulate=settings.accumulate,
+        scaler=state.scaler,
+    )
 
 
-class _Window:
-    """Sums over the steps between two reports; reads the device only when it is summarised."""
+def _is_report_due(step: int, settings: LoopSettings) -> bool:
+    return step % settings.log_every == 0 or step == settings.total_steps
 
-    def __init__(self, settings: LoopSettings, world_size: int) -> None:
-        self._settings = settings
-        self._world_size = world_size
-        self._results: list[StepResult] = []
-        self._start = self._last = time.perf_counter()
-        self._waited_s = 0.0
 
-    def note_arrival(self) -> None:
-        self._waited_s += time.perf_counter() - self._last
+def _choose_checkpoint(
+    step: int, settings: LoopSettings, *, must_stop: bool
+) -> CheckpointKind | None:
+    """The checkpoint that is due after a step.
 
-    def add(self, result: StepResult) -> None:
-        self._results.append(result)
-        self._last = time.perf_counter()
+    A planned one stays planned where a stop meets it: a resumed training would not make up for its
+    validation.
+    """
+    if step == settings.total_steps:
+        return "last"
+    if step in settings.checkpoint_steps:
+        return "planned"
+    return "stop" if must_stop else None
 
-    def leave_out_pause(self) -> None:
-        """Take the time since the last step out of the account: a checkpoint is no training."""
-        now = time.perf_counter()
-        self._start += now - self._last
-        self._last = now
 
-    def summarise(self, step: int, rate: float) -> Progress:
-        settings, count = self._settings, len(self._results)
-        is_finite = torch.stack([result.is_finite for result in self._results])
-        means = {
-            name: float(torch.stack([getattr(r, name) for r in self._results])[is_finite].mean())
-            for name in ("class_loss", "box_loss", "num_foreground", "gradient_norm")
-        }
-        elapsed_s = max(1e-9, time.perf_counter() - self._start)
-        total_steps = settings.checkpoint_steps[-1]
-        return Progress(
-            step=step,
-            total_steps=total_steps,
-            epoch=step * settings.batch / settings.num_images,
-            class_loss=means["class_loss"] * self._world_size,
-            box_loss=means["box_loss"] * self._world_size,
-            learning_rate=rate,
-            gradient_norm=means["gradient_norm"],
-            num_foreground=means["num_foreground"] / settings.batch,
-            num_skipped=count - int(is_finite.sum()),
-            images_per_s=count * settings.batch / elapsed_s,
-            wait_share=min(1.0, self._waited_s / elapsed_s),
-            eta_s=(total_steps - step) * elapsed_s / count,
-        )
+class _AnchorsBySize:
+    """The anchors of each canvas that occurs, made once."""
+
+    def __init__(self, model: RetinaNet) -> None:
+        self._model = model
+        self._made: dict[tuple[int, ...], Float[Tensor, "A 4"]] = {}
+
+    def over(self, images: Tensor) -> Float[Tensor, "A 4"]:
+        size = tuple(images.shape[-2:])
+        if size not in self._made:
+            self._made[size] = self._model.anchors_for(images)
+        return self._made[size]

@@ -16,7 +16,8 @@ import torch
 from retinaray.artifact import load_tensors
 from retinaray.detector.retinanet import RetinaNet
 from retinaray.errors import CheckpointError
-from retinaray.training.step import WeightAverage
+from retinaray.training.optimizer import load_optimizer_state
+from retinaray.training.weight_average import WeightAverage
 
 STATE_FORMAT = "retinaray-training-1"
 # A checkpoint folder holds the state to go on from, and the weights to use.
@@ -38,6 +39,7 @@ class TrainingState:
         step: Steps taken.
         best_ap: Best validation AP so far; none before the first validation.
         num_stale: Validations since the best one.
+        scaler: Scale of the loss, for float16; none for other types.
     """
 
     model: RetinaNet
@@ -46,6 +48,7 @@ class TrainingState:
     step: int = 0
     best_ap: float | None = None
     num_stale: int = 0
+    scaler: torch.amp.GradScaler | None = None
 
     def note_validation(self, ap: float | None) -> bool:
         """Take in a validation's AP (none = no ground truth); returns whether it is the best."""
@@ -71,6 +74,7 @@ class TrainingState:
                 "step": self.step,
                 "best_ap": self.best_ap,
                 "num_stale": self.num_stale,
+                "scaler": self.scaler.state_dict() if self.scaler else None,
             },
             buffer,
         )
@@ -91,12 +95,7 @@ class TrainingState:
         missing = [key for key in _KEYS if key not in values]
         if missing:
             raise CheckpointError(f"{source}: is damaged: it lacks {', '.join(missing)}")
-        if (values["average"] is None) != (self.average is None):
-            raise CheckpointError(
-                f"{source}: was saved {'without' if self.average else 'with'} averaged weights, "
-                f"this training has optim.ema_decay {'above 0' if self.average else '0'}; "
-                "resume with the settings it was started with"
-            )
+        self._refuse_other_parts(values, source)
         try:
             # Neither is noticed by the objects themselves.
             if _group_settings(values["optimizer"]) != _group_settings(self.optimizer.state_dict()):
@@ -104,9 +103,11 @@ class TrainingState:
             if self.average and values["average"].keys() != self.average.values.keys():
                 raise ValueError("its averaged weights have other names")
             self.model.load_state_dict(values["model"])
-            self.optimizer.load_state_dict(values["optimizer"])
+            load_optimizer_state(self.optimizer, values["optimizer"])
             if self.average:
                 self.average.load(values["average"].items())
+            if self.scaler:
+                self.scaler.load_state_dict(values["scaler"])
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(
                 f"{source}: belongs to another network or optimizer: {error}; "
@@ -115,6 +116,22 @@ class TrainingState:
         self.step = int(values["step"])
         self.best_ap = values["best_ap"]
         self.num_stale = int(values["num_stale"])
+
+    def _refuse_other_parts(self, values: Mapping[str, Any], source: str) -> None:
+        """Both have averaged weights or neither, and likewise a scale of the loss."""
+        parts = (
+            ("average", self.average, "averaged weights", "optim.ema_decay above 0"),
+            # Files that were written before float16 could be asked for lack it.
+            ("scaler", self.scaler, "a scale of the loss", "run.precision fp16"),
+        )
+        for key, own, name, setting in parts:
+            if (values.get(key) is None) == (own is None):
+                continue
+            saved, wanted = ("without", "has") if own else ("with", "does not have")
+            raise CheckpointError(
+                f"{source}: was saved {saved} {name}, and this training {wanted} {setting}; "
+                "resume with the settings it was started with"
+            )
 
 
 def _group_settings(optimizer_state: Mapping[str, Any]) -> list[set[str]]:

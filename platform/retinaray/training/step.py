@@ -2,48 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from retinaray.data.batching import Batch
-from retinaray.detector.losses import BoxLoss, box_loss_sum, focal_loss_sum
-from retinaray.detector.matching import match_anchors
-from retinaray.detector.retinanet import RetinaNet
+from retinaray.training.batch_loss import (
+    LossSettings,
+    LossSums,
+    compute_loss_sums,
+    count_foreground,
+    match_batch,
+    sum_losses,
+)
+from retinaray.training.optimizer import make_optimizer, update_weights
+from retinaray.training.running_statistics import RunningStatistics
+from retinaray.training.weight_average import WeightAverage
 
-
-@dataclass(frozen=True)
-class LossSettings:
-    """Matching and loss; see `match_anchors`, `focal_loss_sum` and `box_loss_sum`."""
-
-    focal_alpha: float = 0.25
-    focal_gamma: float = 2.0
-    box_loss: BoxLoss = "l1"
-    box_beta: float = 0.11
-    box_weight: float = 1.0
-    background_iou: float = 0.4
-    foreground_iou: float = 0.5
-    keep_best_anchor: bool = True
-
-
-@dataclass(frozen=True)
-class LossSums:
-    """Losses of one worker's share of a batch, not yet normalised.
-
-    Attributes:
-        class_sum: Focal loss over all counted anchors.
-        box_sum: Regression loss over foreground anchors.
-        num_foreground: Foreground anchors.
-    """
-
-    class_sum: Float[Tensor, ""]
-    box_sum: Float[Tensor, ""]
-    num_foreground: Float[Tensor, ""]
+__all__ = [
+    "LossSettings",
+    "LossSums",
+    "StepResult",
+    "TrainingStep",
+    "WeightAverage",
+    "compute_loss_sums",
+    "make_optimizer",
+    "take_step",
+]
 
 
 @dataclass(frozen=True)
@@ -55,8 +45,9 @@ class StepResult:
         box_loss: Regression loss over the global foreground count, this worker's share.
         num_foreground: Foreground anchors of the global batch.
         gradient_norm: Before clipping.
-        is_finite: False when the norm was not: the step was then taken with all gradients 0, in
-            which only momentum and weight decay move the weights.
+        is_finite: False when the norm was not: the step was then skipped, and neither weights nor
+            moments nor statistics have changed.
+        num_stop_votes: Workers that want to stop.
     """
 
     class_loss: Float[Tensor, ""]
@@ -64,43 +55,133 @@ class StepResult:
     num_foreground: Float[Tensor, ""]
     gradient_norm: Float[Tensor, ""]
     is_finite: Tensor
+    num_stop_votes: Float[Tensor, ""]
 
 
-def compute_loss_sums(
-    logits: Float[Tensor, "N A K"],
-    deltas: Float[Tensor, "N A 4"],
-    anchors_xyxy: Float[Tensor, "A 4"],
-    batch: Batch,
-    settings: LossSettings,
-) -> LossSums:
-    """Match anchors and sum both losses over a batch; no foreground gives a box sum of 0."""
-    matches = match_anchors(
-        anchors_xyxy,
-        batch.boxes_xyxy,
-        is_valid=batch.is_valid,
-        is_crowd=batch.is_crowd,
-        foreground_iou=settings.foreground_iou,
-        background_iou=settings.background_iou,
-        keep_best_anchor=settings.keep_best_anchor,
-    )
-    is_foreground = matches >= 0
-    target = matches.clamp(min=0)
-    classes = torch.where(is_foreground, batch.class_indices.gather(1, target), matches)
-    boxes = batch.boxes_xyxy.gather(1, target[..., None].expand(-1, -1, 4))
-    return LossSums(
-        class_sum=focal_loss_sum(
-            logits, classes, alpha=settings.focal_alpha, gamma=settings.focal_gamma
-        ),
-        box_sum=box_loss_sum(
-            deltas,
-            anchors_xyxy,
-            boxes,
-            is_foreground,
-            kind=settings.box_loss,
-            beta=settings.box_beta,
-        ),
-        num_foreground=is_foreground.sum().float(),
-    )
+class TrainingStep:
+    """Takes the steps of a training.
+
+    Args:
+        model: `RetinaNet`, plain or wrapped for data parallelism; in training mode when a step is
+            taken.
+        optimizer: From `make_optimizer`, over the model's parameters.
+        loss: Matching and loss.
+        clip_norm: Largest gradient norm; 0 = no clipping.
+        autocast_dtype: Type of the convolutions; none = as the weights.
+        accumulate: Parts of equal size that a worker's share goes through the network in, one after
+            another; the gradient is that of the whole, unless a norm looks at the batch.
+        scaler: Scale of the loss, for float16; none = 1.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        loss: LossSettings,
+        clip_norm: float,
+        autocast_dtype: torch.dtype | None,
+        accumulate: int = 1,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._loss = loss
+        self._clip_norm = clip_norm
+        self._autocast_dtype = autocast_dtype
+        self._accumulate = accumulate
+        self._scaler = scaler
+        self._statistics = RunningStatistics(model)
+
+    def take(
+        self,
+        batch: Batch,
+        *,
+        anchors_xyxy: Float[Tensor, "A 4"],
+        learning_rate: float,
+        wants_stop: bool = False,
+    ) -> StepResult:
+        """Update the weights by one global batch.
+
+        The loss is normalised by the foreground count of all parts and workers, and scaled so that
+        the average which DistributedDataParallel takes over gradients is the gradient of the global
+        loss.
+
+        Args:
+            batch: This worker's share, on the model's device.
+            anchors_xyxy: Anchors of the batch's canvas.
+            learning_rate: Rate of this step.
+            wants_stop: This worker's vote; it travels with the foreground count.
+
+        Returns:
+            Losses as they were before the update.
+
+        Raises:
+            ValueError: If the images do not divide into `accumulate` parts.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        # Before the forward pass: no gradient is alive beside the activations.
+        self._optimizer.zero_grad(set_to_none=True)
+        parts = batch.split(self._accumulate)
+        matches = [match_batch(anchors_xyxy, part, self._loss) for part in parts]
+        total_foreground, num_stop_votes = _add_over_workers(matches, wants_stop=wants_stop)
+        self._statistics.save()
+        losses = [
+            self._add_gradients(
+                part, own, anchors_xyxy, total_foreground, is_last=part is parts[-1]
+            )
+            for part, own in zip(parts, matches, strict=True)
+        ]
+        if self._scaler is not None:
+            self._scaler.unscale_(self._optimizer)
+        norm = self._clip_gradients()
+        is_finite = torch.isfinite(norm)
+        update_weights(self._optimizer, is_finite)
+        self._statistics.restore_unless(is_finite)
+        if self._scaler is not None:
+            self._scaler.update()
+        class_loss, box_loss = torch.stack(losses).sum(0).unbind()
+        return StepResult(
+            class_loss=class_loss,
+            box_loss=box_loss,
+            num_foreground=total_foreground,
+            gradient_norm=norm,
+            is_finite=is_finite,
+            num_stop_votes=num_stop_votes,
+        )
+
+    def _add_gradients(
+        self,
+        part: Batch,
+        matches: Int[Tensor, "N A"],
+        anchors_xyxy: Float[Tensor, "A 4"],
+        total_foreground: Float[Tensor, ""],
+        *,
+        is_last: bool,
+    ) -> Float[Tensor, " losses"]:
+        """Add the gradients of one part to what is there; gives its class and box loss."""
+        device_type, dtype = part.images.device.type, self._autocast_dtype
+        normaliser = total_foreground.clamp(min=1)
+        with self._exchange_gradients(is_last):
+            with torch.autocast(device_type, dtype=dtype, enabled=dtype is not None):
+                outputs = self._model(part.images)
+            sums = sum_losses(outputs, anchors_xyxy, part, matches, self._loss)
+            losses = torch.stack((sums.class_sum, sums.box_sum)) / normaliser
+            loss = (losses[0] + self._loss.box_weight * losses[1]) * _count_workers()
+            torch.autograd.backward(loss if self._scaler is None else self._scaler.scale(loss))
+        return losses.detach()
+
+    def _exchange_gradients(self, is_last: bool) -> AbstractContextManager[None]:
+        """Workers exchange their gradients once, with those of the last part."""
+        if isinstance(self._model, DistributedDataParallel) and not is_last:
+            return self._model.no_sync()
+        return nullcontext()
+
+    def _clip_gradients(self) -> Float[Tensor, ""]:
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        limit = self._clip_norm if self._clip_norm > 0 else float("inf")
+        return torch.nn.utils.clip_grad_norm_(parameters, limit)
 
 
 def take_step(
@@ -114,124 +195,24 @@ def take_step(
     clip_norm: float,
     autocast_dtype: torch.dtype | None,
 ) -> StepResult:
-    """Update the weights by one global batch.
-
-    The loss is normalised by the foreground count of all workers, and scaled so that the average
-    which DistributedDataParallel takes over gradients is the gradient of the global loss.
-
-    Args:
-        model: `RetinaNet`, plain or wrapped for data parallelism; in training mode.
-        optimizer: Holds the model's parameters.
-        batch: This worker's share, on the model's device.
-        anchors_xyxy: Anchors of the batch's canvas.
-        settings: Matching and loss.
-        learning_rate: Rate of this step.
-        clip_norm: Largest gradient norm; 0 = no clipping.
-        autocast_dtype: Type of the convolutions; none = as the weights.
-
-    Returns:
-        Losses as they were before the update. Where a gradient is not finite all are taken as 0.
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    device_type = batch.images.device.type
-    with torch.autocast(device_type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
-        logits, deltas = model(batch.images)
-    sums = compute_loss_sums(logits, deltas, anchors_xyxy, batch, settings)
-    total_foreground = sums.num_foreground.clone()
-    world_size = 1
-    if torch.distributed.is_initialized():
-        world_size = torch.distributed.get_world_size()
-        torch.distributed.all_reduce(total_foreground)
-    normaliser = total_foreground.clamp(min=1)
-    class_loss, box_loss = sums.class_sum / normaliser, sums.box_sum / normaliser
-    loss = (class_loss + settings.box_weight * box_loss) * world_size
-    optimizer.zero_grad(set_to_none=True)
-    torch.autograd.backward(loss)
-    norm = _clip_gradients(optimizer, clip_norm)
-    is_finite = torch.isfinite(norm)
-    _discard_unless(is_finite, optimizer)
-    optimizer.step()
-    return StepResult(
-        class_loss=class_loss.detach(),
-        box_loss=box_loss.detach(),
-        num_foreground=total_foreground,
-        gradient_norm=norm,
-        is_finite=is_finite,
+    """Take a single step; see `TrainingStep` and its `take`."""
+    step = TrainingStep(
+        model, optimizer, loss=settings, clip_norm=clip_norm, autocast_dtype=autocast_dtype
     )
+    return step.take(batch, anchors_xyxy=anchors_xyxy, learning_rate=learning_rate)
 
 
-def _clip_gradients(optimizer: torch.optim.Optimizer, clip_norm: float) -> Float[Tensor, ""]:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    limit = clip_norm if clip_norm > 0 else float("inf")
-    return torch.nn.utils.clip_grad_norm_(parameters, limit)
+def _count_workers() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
-def _discard_unless(is_finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Zero all gradients where the step is not finite, without asking the device which it is."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                parameter.grad.copy_(torch.where(is_finite, parameter.grad, 0.0))
-
-
-def make_optimizer(
-    model: nn.Module, *, kind: str, learning_rate: float, weight_decay: float
-) -> torch.optim.Optimizer:
-    """AdamW, or SGD with momentum 0.9; norms and biases do not decay.
-
-    Args:
-        model: Its trainable parameters are optimized.
-        kind: `adamw` or `sgd`.
-        learning_rate: Initial rate.
-        weight_decay: Decay of weights with more than one dimension.
-
-    Raises:
-        ValueError: If the kind is unknown.
-    """
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    if kind == "adamw":
-        return torch.optim.AdamW(groups, lr=learning_rate, foreach=True)
-    if kind == "sgd":
-        return torch.optim.SGD(groups, lr=learning_rate, momentum=0.9, foreach=True)
-    raise ValueError(f"optimizer={kind!r}: expected 'adamw' or 'sgd'")
-
-
-class WeightAverage:
-    """Exponential moving average of a network's weights and buffers.
-
-    Args:
-        model: The network whose weights are averaged; its present values are the start.
-        decay: Final decay in [0, 1); it ramps up with the steps, so that early weights are
-            forgotten quickly.
-
-    Source: the ramp is (1 + step) / (10 + step), as in TensorFlow's ExponentialMovingAverage.
-    """
-
-    def __init__(self, model: RetinaNet, *, decay: float) -> None:
-        self._decay = decay
-        self.values: dict[str, Tensor] = {
-            key: value.detach().clone() for key, value in model.state_dict().items()
-        }
-
-    def update(self, model: RetinaNet, step: int) -> None:
-        """Take in the weights after a step counted from 0."""
-        decay = min(self._decay, (1 + step) / (10 + step))
-        averaged: list[Tensor] = []
-        current: list[Tensor] = []
-        for key, value in model.state_dict().items():
-            if value.is_floating_point():
-                averaged.append(self.values[key])
-                current.append(value.detach())
-            else:
-                self.values[key].copy_(value)
-        torch._foreach_lerp_(averaged, current, 1 - decay)
-
-    def load(self, values: Iterable[tuple[str, Tensor]]) -> None:
-        """Go on from saved averages."""
-        for key, value in values:
-            self.values[key].copy_(value)
+def _add_over_workers(
+    matches: list[Int[Tensor, "N A"]], *, wants_stop: bool
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Foreground anchors of the global batch, and votes to stop, in one exchange."""
+    own = torch.stack([count_foreground(part) for part in matches]).sum()
+    both = torch.stack((own, torch.full_like(own, float(wants_stop))))
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(both)
+    total_foreground, num_stop_votes = both.unbind()
+    return total_foreground, num_stop_votes

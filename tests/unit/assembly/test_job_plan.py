@@ -191,7 +191,8 @@ def test_measure_training_agrees_with_a_real_step(
         again.step()
         return again
 
-    assert planned.peak == pytest.approx(find_peak(train), rel=0.03)
+    # A processor's bfloat16 convolutions have a workspace, which the plan cannot know.
+    assert planned.peak == pytest.approx(find_peak(train), rel=0.03 if kind == "adamw" else 0.07)
 
 
 def test_measure_training_keeps_norms_in_float32_on_gpus() -> None:

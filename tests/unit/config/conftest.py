@@ -21,6 +21,9 @@ MINIMAL = {
     "plan": ["--job", "job.yaml"],
     "infer": ["model.onnx", "--images", "photos"],
     "doctor": ["--annotations", "train.json"],
+    "report": ["model_run"],
+    "convert": ["labels", "train.json", "--from", "voc"],
+    "import-odtk": ["old.pth", "new.pth"],
     "demo": [],
 }
 

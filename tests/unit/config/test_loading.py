@@ -197,7 +197,8 @@ def test_load_from_argv_names_all_faults_at_once(
         "augment.hue=x (--augment-hue): expected a number from 0 to 0.5",
         "loss.anchor_ious=(0.5, 0.4) (--anchor-ious): expected 0 < LOW <= HIGH < 1",
         "run=5 (config file job.yaml, line 9): expected a section with keys of batch, epochs, "
-        "iters, workers, precision, seed, val_every, patience, log_every, objective, "
+        "iters, workers, accumulate, precision, compile, seed, val_every, patience, log_every, "
+        "objective, "
         "latency_price, strict_anchors, max_failures, override",
         "lr=0.1 (config file job.yaml, line 6): no such key; nearest: optim.peak_lr (--lr)",
         "modl={a} (config file job.yaml, line 14): no such key; nearest: the section model",

@@ -33,7 +33,7 @@ TRAIN_FLAGS = [
     ("--val-images data/val --val-annotations val.json", ""),
     ("--val-iters 8000", "validation is counted in epochs; use --val-every"),
     ("--post-metrics http://host/metrics", "read the JSON on the last line of stdout"),
-    ("--fine-tune old.pth", "--backbone-weights FILE"),
+    ("--fine-tune old.pth", ""),
     ("--logdir logs", "TensorBoard files are in the run folder"),
     ("--with-apex", "bf16 is built in"),
     ("--with-dali", "not needed"),

@@ -50,8 +50,11 @@ def test_option_table_finds_each_option_by_each_of_its_names(job_class: type[Job
     table = OptionTable(job_class)
     assert all(table.by_name[name] is option for option in table.options for name in option.names)
     assert {name for name in table.by_name if "." not in name} >= {"--annotations"} - (
-        {"--annotations"} if job_class.verb in ("export", "bundle", "plan", "demo") else set()
+        {"--annotations"} if job_class.verb in WITHOUT_ANNOTATIONS else set()
     )
+
+
+WITHOUT_ANNOTATIONS = ("export", "bundle", "plan", "demo", "report", "convert", "import-odtk")
 
 
 def test_option_table_keeps_the_order_of_positionals() -> None:

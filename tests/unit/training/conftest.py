@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from retinaray.data.batching import Batch, StreamSampler, TrainingDataset, colla
 from retinaray.data.coco import load_coco
 from retinaray.training.loop import LoopSettings
 from retinaray.training.schedule import Schedule
+from retinaray.training.state import TrainingState
 from retinaray.training.step import LossSettings
 
 
@@ -82,8 +84,9 @@ def make_loop_settings() -> Callable[..., LoopSettings]:
         batch: int = 4,
         num_images: int = 6,
         clip_norm: float = 10.0,
+        **changes: Any,
     ) -> LoopSettings:
-        return LoopSettings(
+        settings = LoopSettings(
             batch=batch,
             num_images=num_images,
             checkpoint_steps=checkpoint_steps,
@@ -95,5 +98,52 @@ def make_loop_settings() -> Callable[..., LoopSettings]:
             clip_norm=clip_norm,
             autocast_dtype=None,
         )
+        return replace(settings, **changes)
 
     return make
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Every leaf of nested dictionaries and lists by its path."""
+    if isinstance(value, dict):
+        pairs = value.items()
+    elif isinstance(value, list | tuple):
+        pairs = enumerate(value)
+    else:
+        return {prefix: value}
+    return {k: v for key, item in pairs for k, v in flatten(item, f"{prefix}/{key}").items()}
+
+
+@pytest.fixture(scope="session")
+def everything() -> Callable[[TrainingState], dict[str, Any]]:
+    """All that changes in a training, copied, by path."""
+
+    def gather(state: TrainingState) -> dict[str, Any]:
+        parts: dict[str, Any] = {
+            "model": state.model.state_dict(),
+            "optimizer": state.optimizer.state_dict(),
+            "average": state.average.values if state.average else None,
+            "scaler": state.scaler.state_dict() if state.scaler else None,
+            "rest": [state.step, state.best_ap, state.num_stale],
+        }
+        return {
+            key: value.clone() if isinstance(value, Tensor) else value
+            for key, value in flatten(parts).items()
+        }
+
+    return gather
+
+
+@pytest.fixture(scope="session")
+def assert_equal_bit_for_bit() -> Callable[[dict[str, Any], dict[str, Any]], None]:
+    """Compares what `everything` gathers."""
+
+    def compare(one: dict[str, Any], other: dict[str, Any]) -> None:
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            same = (
+                torch.equal(value, other[key]) if isinstance(value, Tensor) else value == other[key]
+            )
+            assert same, key
+
+    return compare

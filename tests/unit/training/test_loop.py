@@ -11,10 +11,24 @@ import torch
 from retinaray.artifact import ModelCard
 from retinaray.data.batching import Batch
 from retinaray.errors import RetinarayError
-from retinaray.training import loop
-from retinaray.training.loop import LoopSettings, Progress, plan_checkpoints, run_loop
+from retinaray.training import progress
+from retinaray.training.loop import (
+    CheckpointKind,
+    LoopEnd,
+    LoopSettings,
+    Progress,
+    never,
+    plan_checkpoints,
+    run_loop,
+)
 from retinaray.training.state import TrainingState
-from retinaray.training.step import StepResult, WeightAverage, make_optimizer
+from retinaray.training.step import (
+    LossSettings,
+    StepResult,
+    TrainingStep,
+    WeightAverage,
+    make_optimizer,
+)
 
 BOX = torch.tensor([[10.0, 10.0, 34.0, 34.0]])
 
@@ -34,7 +48,7 @@ def scripted_steps(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], N
     def script(losses: list[float]) -> None:
         remaining = iter(losses)
 
-        def take(*_: Any, **__: Any) -> StepResult:
+        def take(*_: Any, wants_stop: bool, **__: Any) -> StepResult:
             loss = torch.tensor(next(remaining))
             return StepResult(
                 class_loss=loss,
@@ -42,9 +56,10 @@ def scripted_steps(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], N
                 num_foreground=torch.tensor(8.0),
                 gradient_norm=3 * loss,
                 is_finite=torch.isfinite(loss),
+                num_stop_votes=torch.tensor(float(wants_stop)),
             )
 
-        monkeypatch.setattr(loop, "take_step", take)
+        monkeypatch.setattr(TrainingStep, "take", take)
 
     return script
 
@@ -55,7 +70,7 @@ def run(
     settings: LoopSettings,
     *,
     world_size: int = 1,
-    on_checkpoint: Callable[[bool], bool] = lambda _: False,
+    on_checkpoint: Callable[[CheckpointKind], bool] = lambda _: False,
 ) -> list[Progress]:
     reports: list[Progress] = []
     run_loop(
@@ -68,6 +83,34 @@ def run(
         on_checkpoint=on_checkpoint,
     )
     return reports
+
+
+def run_to_its_end(
+    state: TrainingState,
+    batch: Batch,
+    settings: LoopSettings,
+    *,
+    end_early_at: int = 0,
+    stop_at: int = 0,
+) -> tuple[LoopEnd, list[tuple[int, CheckpointKind]]]:
+    """How a loop ended, and its checkpoints; somebody wants to stop after step `stop_at`."""
+    kept: list[tuple[int, CheckpointKind]] = []
+
+    def keep(kind: CheckpointKind) -> bool:
+        kept.append((state.step, kind))
+        return state.step == end_early_at
+
+    end = run_loop(
+        state,
+        state.model,
+        [batch] * settings.total_steps,
+        settings,
+        world_size=1,
+        on_progress=lambda _: None,
+        on_checkpoint=keep,
+        wants_stop=lambda: state.step == stop_at,
+    )
+    return end, kept
 
 
 @pytest.mark.parametrize(
@@ -133,8 +176,10 @@ def test_run_loop_leaves_skipped_steps_out_of_the_means_and_counts_them(
 ) -> None:
     scripted_steps([1.0, float("nan"), 3.0, float("inf")])
     settings = make_loop_settings(checkpoint_steps=(4,), log_every=4)
-    (report,) = run(state, [make_batch([BOX])] * 4, settings)
+    pairs, singles = make_batch([BOX, BOX]), make_batch([BOX])
+    (report,) = run(state, [pairs, pairs, singles, singles], settings)
     assert report.num_skipped == 2
+    assert report.skipped_image_ids == ("image-0", "image-1", "image-0")
     assert report.class_loss == 2.0
     assert report.gradient_norm == 6.0
 
@@ -160,7 +205,7 @@ def test_run_loop_leaves_the_time_of_checkpoints_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
     scripted_steps([1.0] * 4)
 
     def batches() -> Any:
@@ -168,7 +213,7 @@ def test_run_loop_leaves_the_time_of_checkpoints_out(
             now[0] += 0.25  # waiting
             yield make_batch([BOX])
 
-    def spend_an_hour(_: bool) -> bool:
+    def spend_an_hour(_: CheckpointKind) -> bool:
         now[0] += 3600
         return False
 
@@ -178,21 +223,21 @@ def test_run_loop_leaves_the_time_of_checkpoints_out(
     assert report.wait_share == pytest.approx(1.0)
 
 
-def test_run_loop_calls_checkpoints_in_training_mode_and_says_which_is_the_last(
+def test_run_loop_calls_checkpoints_in_training_mode_and_says_of_which_kind(
     state: TrainingState,
     make_batch: Callable[..., Batch],
     make_loop_settings: Callable[..., LoopSettings],
 ) -> None:
     calls = []
 
-    def keep(is_last: bool) -> bool:
-        calls.append((state.step, is_last, state.model.training))
+    def keep(kind: CheckpointKind) -> bool:
+        calls.append((state.step, kind, state.model.training))
         state.model.eval()
         return False
 
     settings = make_loop_settings(checkpoint_steps=(1, 3))
     run(state, [make_batch([BOX])] * 3, settings, on_checkpoint=keep)
-    assert calls == [(1, False, True), (3, True, True)]
+    assert calls == [(1, "planned", True), (3, "last", True)]
 
 
 def test_run_loop_averages_the_weights_after_each_step(
@@ -204,7 +249,7 @@ def test_run_loop_averages_the_weights_after_each_step(
     bias = state.model.class_head.output.bias
     seen = [bias.detach().clone()]
 
-    def look(_: bool) -> bool:
+    def look(_: CheckpointKind) -> bool:
         seen.append(bias.detach().clone())
         return False
 
@@ -218,27 +263,85 @@ def test_run_loop_averages_the_weights_after_each_step(
     assert (seen[2] - seen[1]).abs().max() > 1e-4
 
 
-def test_run_loop_stops_when_a_checkpoint_says_so(
+@pytest.mark.parametrize(
+    ("end_early_at", "stop_at", "end", "checkpoints"),
+    [
+        (0, 0, "finished", [(4, "planned"), (8, "last")]),
+        (4, 0, "early", [(4, "planned")]),
+        (8, 0, "finished", [(4, "planned"), (8, "last")]),
+        # Asked after step 3: the vote travels with step 4, and is read when step 6 is sent.
+        (0, 3, "stopped", [(4, "planned"), (6, "stop")]),
+        # A planned checkpoint is not followed by another of the same step.
+        (0, 1, "stopped", [(4, "planned")]),
+        (4, 1, "early", [(4, "planned")]),
+        # Too late: what is left is taken.
+        (0, 5, "finished", [(4, "planned"), (8, "last")]),
+        (0, 8, "finished", [(4, "planned"), (8, "last")]),
+    ],
+)
+def test_run_loop_ends_when_it_is_told(
     state: TrainingState,
     make_batch: Callable[..., Batch],
     make_loop_settings: Callable[..., LoopSettings],
+    scripted_steps: Callable[[list[float]], None],
+    end_early_at: int,
+    stop_at: int,
+    end: LoopEnd,
+    checkpoints: list[tuple[int, CheckpointKind]],
 ) -> None:
-    settings = make_loop_settings(checkpoint_steps=(2, 4))
-    run(state, [make_batch([BOX])] * 4, settings, on_checkpoint=lambda _: True)
-    assert state.step == 2
+    scripted_steps([1.0] * 8)
+    outcome = run_to_its_end(
+        state,
+        make_batch([BOX]),
+        make_loop_settings(checkpoint_steps=(4, 8)),
+        end_early_at=end_early_at,
+        stop_at=stop_at,
+    )
+    assert outcome == (end, checkpoints)
+    assert state.step == checkpoints[-1][0]
 
 
-def test_run_loop_gives_up_and_names_images_when_no_gradient_is_finite_for_twenty_steps(
+def test_never_wants_nothing() -> None:
+    assert not never()
+
+
+def test_run_loop_gives_up_at_once_and_names_all_images_when_steps_are_skipped(
     state: TrainingState,
     make_batch: Callable[..., Batch],
     make_loop_settings: Callable[..., LoopSettings],
     scripted_steps: Callable[[list[float]], None],
 ) -> None:
     scripted_steps([1.0, *[float("nan")] * 99])
-    settings = make_loop_settings(checkpoint_steps=(100,), log_every=7)
-    with pytest.raises(RetinarayError, match=r"20 steps up to step 21 .*image-0, image-1.*--lr"):
-        run(state, [make_batch([BOX, BOX])] * 100, settings)
-    assert state.step == 21  # the first report after steps 2 to 21
+    settings = make_loop_settings(checkpoint_steps=(100,), log_every=10, max_skipped_steps=12)
+    reports: list[Progress] = []
+    kept: list[CheckpointKind] = []
+    with pytest.raises(RetinarayError, match=r"12 steps up to step 13 .*image-0, image-1.*--lr"):
+        run_loop(
+            state,
+            state.model,
+            [make_batch([BOX, BOX])] * 100,
+            settings,
+            world_size=1,
+            on_progress=reports.append,
+            on_checkpoint=lambda kind: kept.append(kind) is None,
+        )
+    # Flags are read two steps late.
+    assert state.step == 15
+    assert [(report.step, report.num_skipped) for report in reports] == [(10, 9), (15, 5)]
+    assert reports[-1].skipped_image_ids == ("image-0", "image-1") * 5
+    assert kept == []
+
+
+def test_run_loop_gives_up_before_the_last_checkpoint_when_the_final_steps_are_skipped(
+    state: TrainingState,
+    make_batch: Callable[..., Batch],
+    make_loop_settings: Callable[..., LoopSettings],
+    scripted_steps: Callable[[list[float]], None],
+) -> None:
+    scripted_steps([1.0, *[float("nan")] * 4])
+    settings = make_loop_settings(checkpoint_steps=(5,), max_skipped_steps=4)
+    with pytest.raises(RetinarayError, match="4 steps up to step 5"):
+        run(state, [make_batch([BOX])] * 5, settings)
 
 
 def test_run_loop_goes_on_when_one_of_twenty_steps_was_finite(
@@ -252,3 +355,25 @@ def test_run_loop_goes_on_when_one_of_twenty_steps_was_finite(
     reports = run(state, [make_batch([BOX])] * 40, settings)
     assert [report.num_skipped for report in reports] == [19, 19]
     assert [report.class_loss for report in reports] == [1.0, 2.0]
+
+
+def test_run_loop_leaves_no_trace_of_a_real_step_that_is_skipped(
+    state: TrainingState,
+    make_batch: Callable[..., Batch],
+    make_loop_settings: Callable[..., LoopSettings],
+    everything: Callable[[TrainingState], dict[str, Any]],
+    assert_equal_bit_for_bit: Callable[[dict[str, Any], dict[str, Any]], None],
+) -> None:
+    state.average = WeightAverage(state.model, decay=0.9)
+    run(state, [make_batch([BOX])], make_loop_settings(checkpoint_steps=(1,)))
+
+    def gather() -> dict[str, Any]:
+        # The number of the step and its learning rate are no result of it.
+        parts = everything(state)
+        return {k: v for k, v in parts.items() if k != "/rest/0" and not k.endswith("/lr")}
+
+    before = gather()
+    infinite = make_loop_settings(checkpoint_steps=(3,), loss=LossSettings(box_weight=float("inf")))
+    reports = run(state, [make_batch([BOX])] * 2, infinite)
+    assert sum(report.num_skipped for report in reports) == 2
+    assert_equal_bit_for_bit(gather(), before)

@@ -8,12 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from retinaray.artifact import ModelCard
-from retinaray.data.batching import Batch
 from retinaray.errors import CheckpointError
-from retinaray.training.loop import LoopSettings, run_loop
 from retinaray.training.state import TrainingState
 from retinaray.training.step import WeightAverage, make_optimizer
 
@@ -23,7 +20,12 @@ StateFactory = Callable[..., TrainingState]
 @pytest.fixture
 def make_state(make_tiny_card: Callable[..., ModelCard], one_thread: None) -> StateFactory:
     def make(
-        *, kind: str = "adamw", norm: str = "gn", ema: bool = True, num_classes: int = 2
+        *,
+        kind: str = "adamw",
+        norm: str = "gn",
+        ema: bool = True,
+        num_classes: int = 2,
+        is_scaled: bool = False,
     ) -> TrainingState:
         torch.manual_seed(0)
         card = make_tiny_card(norm=norm, num_classes=num_classes, head_depth=0)
@@ -32,82 +34,40 @@ def make_state(make_tiny_card: Callable[..., ModelCard], one_thread: None) -> St
             model=model,
             optimizer=make_optimizer(model, kind=kind, learning_rate=1e-3, weight_decay=0.05),
             average=WeightAverage(model, decay=0.9) if ema else None,
+            scaler=torch.amp.GradScaler("cpu") if is_scaled else None,
         )
 
     return make
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Every leaf of nested dictionaries and lists by its path."""
-    if isinstance(value, dict):
-        pairs = value.items()
-    elif isinstance(value, list | tuple):
-        pairs = enumerate(value)
-    else:
-        return {prefix: value}
-    return {k: v for key, item in pairs for k, v in flatten(item, f"{prefix}/{key}").items()}
-
-
-def everything(state: TrainingState) -> dict[str, Any]:
-    parts: dict[str, Any] = {
-        "model": state.model.state_dict(),
-        "optimizer": state.optimizer.state_dict(),
-        "average": state.average.values if state.average else None,
-        "rest": [state.step, state.best_ap, state.num_stale],
-    }
-    return flatten(parts)
-
-
-def assert_identical(first: TrainingState, second: TrainingState) -> None:
-    left, right = everything(first), everything(second)
-    assert left.keys() == right.keys()
-    for key, value in left.items():
-        same = torch.equal(value, right[key]) if isinstance(value, Tensor) else value == right[key]
-        assert same, key
-
-
-def advance(state: TrainingState, batches: list[Batch], settings: LoopSettings) -> None:
-    run_loop(
-        state,
-        state.model,
-        batches,
-        settings,
-        world_size=1,
-        on_progress=lambda _: None,
-        on_checkpoint=lambda _: False,
-    )
-
-
-@pytest.mark.parametrize(("kind", "norm"), [("adamw", "gn"), ("sgd", "bn")])
-def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(
+@pytest.mark.parametrize("is_scaled", [False, True])
+def test_load_takes_everything_over(
     make_state: StateFactory,
-    make_batches: Callable[..., list[Batch]],
-    make_loop_settings: Callable[..., LoopSettings],
-    kind: str,
-    norm: str,
+    everything: Callable[[TrainingState], dict[str, Any]],
+    assert_equal_bit_for_bit: Callable[[dict[str, Any], dict[str, Any]], None],
+    is_scaled: bool,
 ) -> None:
-    settings = make_loop_settings(checkpoint_steps=(2, 5))
-    whole = make_state(kind=kind, norm=norm)
-    start = {key: value.clone() for key, value in whole.model.state_dict().items()}
-    advance(whole, make_batches(0, 5), settings)
-
-    first = make_state(kind=kind, norm=norm)
-    advance(first, make_batches(0, 2), settings)
-    first.best_ap, first.num_stale = 0.25, 3
-    content = first.dump()
-    resumed = make_state(kind=kind, norm=norm)
+    saved = make_state(is_scaled=is_scaled)
+    saved.step, saved.best_ap, saved.num_stale = 7, 0.25, 3
+    if saved.scaler:
+        saved.scaler.load_state_dict({**saved.scaler.state_dict(), "scale": 128.0})
+    loaded = make_state(is_scaled=is_scaled)
     with torch.no_grad():
-        for parameter in resumed.model.parameters():
-            parameter.add_(1.0)  # nothing of the fresh weights may remain
-    resumed.load(content, source="training.pth")
-    assert_identical(resumed, first)
-    assert resumed.step == 2
+        for value in loaded.model.state_dict().values():
+            value.fill_(9)  # nothing of the fresh weights may remain
+    loaded.load(saved.dump(), source="training.pth")
+    assert_equal_bit_for_bit(everything(loaded), everything(saved))
 
-    advance(resumed, make_batches(resumed.step, 5), settings)
-    resumed.best_ap, resumed.num_stale = None, 0
-    assert_identical(resumed, whole)
-    moved = [key for key, value in whole.model.state_dict().items() if not value.equal(start[key])]
-    assert len(moved) == len(start)
+
+def test_load_takes_a_file_from_before_losses_were_scaled(make_state: StateFactory) -> None:
+    saved = make_state()
+    values = torch.load(io.BytesIO(saved.dump()), weights_only=True)
+    del values["scaler"]
+    stream = io.BytesIO()
+    torch.save(values, stream)
+    loaded = make_state()
+    loaded.load(stream.getvalue(), source="old.pth")
+    assert torch.equal(loaded.model.fpn.p6.weight, saved.model.fpn.p6.weight)
 
 
 def test_dump_holds_the_state_at_that_moment(make_state: StateFactory) -> None:
@@ -136,8 +96,18 @@ def test_load_refuses_a_truncated_file(make_state: StateFactory, size: int) -> N
         ({"kind": "adamw"}, {"kind": "sgd"}, "belongs to another network or optimizer"),
         ({"num_classes": 3}, {}, "belongs to another network.*class_head.output"),
         ({"norm": "bn"}, {"norm": "gn"}, "belongs to another network"),
-        ({"ema": False}, {"ema": True}, "was saved without averaged weights.*ema_decay above 0"),
-        ({"ema": True}, {"ema": False}, "was saved with averaged weights.*ema_decay 0"),
+        (
+            {"ema": False},
+            {"ema": True},
+            "was saved without averaged weights, .* has optim.ema_decay",
+        ),
+        (
+            {"ema": True},
+            {"ema": False},
+            "was saved with averaged weights, .* not have optim.ema_decay",
+        ),
+        ({"is_scaled": True}, {}, "was saved with a scale of the loss, .* not have run.precision"),
+        ({}, {"is_scaled": True}, "was saved without a scale of the loss, .* has run.precision"),
     ],
 )
 def test_load_refuses_the_state_of_another_training(

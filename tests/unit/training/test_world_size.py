@@ -1,24 +1,34 @@
-"""One process with a batch of 8 and two processes with 4 each take the same step.
+"""One process with a batch of 8, two with 4 each and four with 2 each take the same steps.
 
-Run as a script, this file is one of the two processes.
+Run as a script, this file forks the processes: torch is imported once for all.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from retinaray.data.batching import Batch
 from retinaray.detector.retinanet import RetinaNet
-from retinaray.training.step import LossSettings, make_optimizer, take_step
+from retinaray.training.loop import CheckpointKind, LoopSettings, Progress, run_loop
+from retinaray.training.schedule import Schedule
+from retinaray.training.state import TrainingState
+from retinaray.training.step import LossSettings, WeightAverage, make_optimizer
 
-NUM_BOXES = (5, 4, 3, 2, 1, 0, 0, 0)  # the second process has nearly nothing
+NUM_BOXES = (5, 4, 3, 2, 1, 0, 0, 0)  # the last processes have nearly nothing
+WORLD_SIZES = (2, 4)
+STEPS = 6
+# Rank 1 wants to stop after step 1: its vote travels with step 2, and is read after step 4.
+ASKED_AFTER, STOPPED_AFTER = 1, 4
 
 
 def make_share(first: int, last: int) -> Batch:
@@ -43,73 +53,127 @@ def make_share(first: int, last: int) -> Batch:
     )
 
 
-def step_and_collect(batch: Batch, world_size: int) -> dict[str, torch.Tensor]:
-    """Gradients and new weights after one step, and what the step reports."""
+def train(rank: int, world_size: int) -> dict[str, torch.Tensor]:
+    """Losses of a rank's steps, gradients of the last, and what the training comes to."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = RetinaNet(
         backbone="ResNet10FPN", num_classes=3, norm="gn", fpn_channels=16, head_depth=0
     ).train()
-    optimizer = make_optimizer(model, kind="sgd", learning_rate=0.1, weight_decay=0.0)
-    wrapped = model
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    state = TrainingState(
+        model=model,
+        optimizer=make_optimizer(model, kind="sgd", learning_rate=0.01, weight_decay=0.0),
+        average=WeightAverage(model, decay=0.5),
+    )
+    wrapped: nn.Module = model
     if world_size > 1:
         wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    result = take_step(
+    share = 8 // world_size
+    reports: list[Progress] = []
+    kept: list[tuple[int, CheckpointKind]] = []
+    end = run_loop(
+        state,
         wrapped,
-        optimizer,
-        batch,
-        anchors_xyxy=model.anchors_for(batch.images),
-        settings=LossSettings(),
-        learning_rate=0.1,
-        clip_norm=0.0,
-        autocast_dtype=None,
+        [make_share(share * rank, share * rank + share)] * STEPS,
+        LoopSettings(
+            batch=8,
+            num_images=8,
+            checkpoint_steps=(STEPS,),
+            log_every=1,
+            loss=LossSettings(),
+            schedule=Schedule(peak_lr=0.01, total_steps=STEPS),
+            clip_norm=10.0,
+            autocast_dtype=None,
+            # Two workers take theirs in two parts.
+            accumulate=2 if world_size == 2 else 1,
+        ),
+        world_size=world_size,
+        on_progress=reports.append,
+        on_checkpoint=lambda kind: kept.append((state.step, kind)) is None,
+        wants_stop=lambda: state.step == ASKED_AFTER and rank == min(1, world_size - 1),
     )
+    assert (end, kept) == ("stopped", [(STOPPED_AFTER, "stop")]), (end, kept)
     values = {f"grad.{name}": p.grad.clone() for name, p in model.named_parameters()}
     values |= {f"weight.{name}": p.detach() for name, p in model.named_parameters()}
-    return values | {
-        "class_loss": result.class_loss,
-        "box_loss": result.box_loss,
-        "num_foreground": result.num_foreground,
-        "norm": result.gradient_norm,
-    }
+    values |= {f"average.{name}": value for name, value in state.average.values.items()}
+    for name in ("num_foreground", "gradient_norm", "class_loss", "box_loss"):
+        values[name] = torch.tensor([getattr(report, name) for report in reports])
+    return values
 
 
-def run_rank(rank: int, folder: Path) -> None:
+def run_rank(rank: int, world_size: int, folder: Path) -> None:
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
+        "gloo",
+        init_method=f"file://{folder}/meeting{world_size}",
+        rank=rank,
+        world_size=world_size,
     )
-    values = step_and_collect(make_share(4 * rank, 4 * rank + 4), world_size=2)
-    torch.save(values, folder / f"rank{rank}.pth")
+    torch.save(train(rank, world_size), folder / f"rank{rank}of{world_size}.pth")
     torch.distributed.destroy_process_group()
 
 
-def test_take_step_is_the_same_when_two_processes_share_the_batch(
-    tmp_path: Path, one_thread: None
-) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+def fork_ranks(folder: Path) -> None:
+    context = multiprocessing.get_context("fork")
     ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(tmp_path)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
+        context.Process(target=run_rank, args=(rank, world_size, folder))
+        for world_size in WORLD_SIZES
+        for rank in range(world_size)
     ]
-    expected = step_and_collect(make_share(0, 8), world_size=1)
     for rank in ranks:
-        _, stderr = rank.communicate(timeout=300)
-        assert rank.returncode == 0, stderr
-    shares = [torch.load(tmp_path / f"rank{rank}.pth", weights_only=True) for rank in range(2)]
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    sys.exit(max(abs(rank.exitcode or 0) for rank in ranks))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What all ranks of both sizes have saved."""
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, __file__, str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, torch.Tensor]:
+    """What one process with the whole batch comes to."""
+    before = torch.get_num_threads()
+    values = train(0, 1)
+    torch.set_num_threads(before)
+    return values
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_run_loop_trains_alike_and_stops_together_when_processes_share_the_batch(
+    folder: Path, expected: dict[str, torch.Tensor], world_size: int
+) -> None:
+    shares = [
+        torch.load(folder / f"rank{rank}of{world_size}.pth", weights_only=True)
+        for rank in range(world_size)
+    ]
     for key, value in expected.items():
-        if key.startswith(("grad.", "weight.")) or key in ("num_foreground", "norm"):
-            for share in shares:
-                torch.testing.assert_close(share[key], value, rtol=1e-5, atol=1e-5, msg=key)
-        else:
-            torch.testing.assert_close(shares[0][key] + shares[1][key], value, rtol=1e-5, atol=0)
+        if key in ("class_loss", "box_loss"):
+            # Each reports its share times the number of workers.
+            total = torch.stack([share[key] for share in shares]).mean(0)
+            torch.testing.assert_close(total, value, rtol=1e-4, atol=0, msg=key)
+            continue
+        for share in shares:
+            torch.testing.assert_close(share[key], value, rtol=1e-4, atol=1e-5, msg=key)
+    assert len(expected["class_loss"]) == STOPPED_AFTER
+    assert len(set(expected["class_loss"].tolist())) == STOPPED_AFTER
     largest = max(value.abs().max() for key, value in expected.items() if "grad." in key)
     assert largest > 1e-2  # so that 1e-5 means something
 
 
 if __name__ == "__main__":
-    run_rank(int(sys.argv[1]), Path(sys.argv[2]))
+    fork_ranks(Path(sys.argv[1]))

@@ -1,0 +1,113 @@
+"""How many workers a training has while its cluster grows and shrinks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    NoopDecision,
+    ScalingDecision,
+)
+from ray.train.v2.api.config import ScalingConfig
+
+_LOOK_S = 10.0
+"""Nodes that came or went are noticed after so long."""
+
+
+def choose_num_workers(num_possible: int, *, num_shares: int) -> int:
+    """The largest number of workers that a batch divides among.
+
+    Args:
+        num_possible: Workers that there is room for, >= 0.
+        num_shares: What must divide: images per step over the parts of each.
+
+    Returns:
+        At most `num_possible`; 0 when that is 0.
+    """
+    return next((n for n in range(num_possible, 0, -1) if num_shares % n == 0), 0)
+
+
+class BatchScalingPolicy(ElasticScalingPolicy):
+    """As many workers as fit and as the batch divides among; resized after a checkpoint.
+
+    The global batch and the order of the images stay what they are.
+
+    Args:
+        scaling_config: With the least and the greatest number of workers.
+        num_shares: See `choose_num_workers`.
+        board: An `EventBoard`: Ray resizes by going back to the last checkpoint, so that one is
+            asked for before, and the resizing waits for the next look.
+    """
+
+    def __init__(self, scaling_config: ScalingConfig, *, num_shares: int, board: Any) -> None:
+        super().__init__(scaling_config)
+        self._num_shares = num_shares
+        self._board = board
+        self._has_asked = False
+
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        num_possible = super()._count_possible_workers(reserved_resources)
+        return choose_num_workers(num_possible, num_shares=self._num_shares)
+
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: Any, worker_group_status: Any
+    ) -> ScalingDecision:
+        """Resize only after a checkpoint was asked for, one look before."""
+        decision = super().make_decision_for_running_worker_group(
+            worker_group_state, worker_group_status
+        )
+        if isinstance(decision, NoopDecision):
+            return decision
+        if not self._has_asked:
+            self._has_asked = True
+            self._board.ask_for_checkpoint.remote()
+            return NoopDecision()
+        self._has_asked = False
+        return decision
+
+
+class RunTrainer(TorchTrainer):
+    """Ray's trainer with what it has no setting for.
+
+    Args:
+        policy: Decides about the number of workers; None = as many as asked for, always.
+        is_cleaned: Whether Ray's cleaner of stopped runs is started. It is not for a trial, whose
+            sweep has a janitor: where the cleaner cannot do its work it never ends.
+        **options: As for TorchTrainer.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        policy: BatchScalingPolicy | None,
+        is_cleaned: bool,
+        **options: Any,
+    ) -> None:
+        super().__init__(*args, **options)
+        self._policy = policy
+        self._is_cleaned = is_cleaned
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
+        if self._is_cleaned:
+            return callbacks
+        return [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]
+
+    def _initialize_and_run_controller(self, **options: Any) -> Any:
+        if self._policy is not None:
+            options["scaling_policy"] = self._policy
+        return super()._initialize_and_run_controller(**options)  # type: ignore[misc]
+
+
+def make_scaling(
+    num_workers: int, min_workers: int, *, resources: dict[str, float]
+) -> ScalingConfig:
+    """Ray's description of the workers; a fixed number when both are the same."""
+    return ScalingConfig(
+        num_workers=num_workers if min_workers == num_workers else (min_workers, num_workers),
+        use_gpu="GPU" in resources,
+        resources_per_worker=resources,
+        elastic_resize_monitor_interval_s=_LOOK_S,
+    )
