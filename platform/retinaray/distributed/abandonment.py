@@ -17,6 +17,8 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util import remove_placement_group
 
+from retinaray.distributed.reporting import stay_here
+
 logger = logging.getLogger(__name__)
 
 _POLL_S = 1.0
@@ -68,4 +70,4 @@ def _is_there(board: Any) -> bool:
 
 def start_janitor() -> Any:
     """A janitor for one sweep; it ends with this process."""
-    return ray.remote(Janitor).options(num_cpus=0).remote()
+    return ray.remote(Janitor).options(num_cpus=0, scheduling_strategy=stay_here()).remote()

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 _POLL_S = 0.5
 
@@ -32,6 +33,11 @@ class EventBoard:
         return events
 
 
+def stay_here() -> NodeAffinitySchedulingStrategy:
+    """On this process's own node: a node that is lost takes its actors along, but not this one."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
 @contextmanager
 def follow_events(handle: Callable[[dict[str, Any]], None]) -> Iterator[Any]:
     """Run a mailbox whose events reach `handle`, in a thread of the driver, while the block runs.
@@ -43,7 +49,8 @@ def follow_events(handle: Callable[[dict[str, Any]], None]) -> Iterator[Any]:
     Yields:
         The actor to post to: `board.post.remote(event)`.
     """
-    board: Any = ray.remote(EventBoard).options(num_cpus=0, max_restarts=0).remote()
+    options = {"num_cpus": 0, "max_restarts": 0, "scheduling_strategy": stay_here()}
+    board: Any = ray.remote(EventBoard).options(**options).remote()
     is_over = threading.Event()
     failures: list[BaseException] = []
 

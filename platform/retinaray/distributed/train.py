@@ -25,6 +25,7 @@ from retinaray.assembly.training import (
     resolve_paths,
 )
 from retinaray.config.loading import to_dict
+from retinaray.config.nodes import ClusterConfig
 from retinaray.config.schema import TrainJob
 from retinaray.config.training_schema import TrackingConfig
 from retinaray.distributed.resources import connect
@@ -50,6 +51,8 @@ _FREE_SETTINGS = (
     "reading.threads",
     # As a whole, because the records of older runs do not have it.
     "tracking",
+    "cluster",
+    *(f"cluster.{name}" for name in ClusterConfig.model_fields),
     *(f"tracking.{name}" for name in TrackingConfig.model_fields),
 )
 
@@ -119,7 +122,7 @@ def run_training(job: TrainJob) -> TrainOutcome:
     with (
         log_fields(run_id=record["run_id"]),
         _track(job, folder, record) as tracked,
-        connect(min_cpus=job.run.workers) as cluster,
+        connect(min_cpus=job.run.workers, counting_on=job.cluster) as cluster,
     ):
         plan = plan_training(job.run.workers, cluster)
         with TrainingLog(folder) as log, TrainingView() as view:
