@@ -95,9 +95,13 @@ class Lab:
         """Start a training on the head."""
         return self._launch(cluster, name, "train", self.workload.make_training(name))
 
-    def start_inference(self, cluster: RayCluster, name: str, *, workers: int) -> Command:
-        """Start an inference on the head."""
+    def start_inference(
+        self, cluster: RayCluster, name: str, *, workers: int, num_cpus: int | None = None
+    ) -> Command:
+        """Start an inference on the head; it counts on processors that are not there yet."""
         arguments = self.workload.make_inference(name, workers=workers)
+        if num_cpus is not None:
+            arguments += ["--cpus", str(num_cpus)]
         return self._launch(cluster, name, "infer", arguments)
 
     def start_outside(self, name: str, command: Sequence[str], *, with_token: bool) -> Command:

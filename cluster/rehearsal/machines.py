@@ -81,7 +81,7 @@ class MachineRoom(Protocol):
 
     Attributes:
         gateway: Address at which all machines reach this process.
-        has_namespaces: Whether a machine has a network, a /tmp and process numbers of its own.
+        has_namespaces: Whether a machine has a network, a /tmp/ray and process numbers of its own.
     """
 
     gateway: str

@@ -9,8 +9,10 @@ shift 4
 echo "$name" > /proc/sys/kernel/hostname
 printf '127.0.0.1 localhost\n%s %s\n' "$address" "$name" > "$folder/hosts"
 mount --bind "$folder/hosts" /etc/hosts
-# A driver finds its raylet through files in /tmp/ray: with one /tmp for all nodes it would take another node's.
-mount --bind "$folder/tmp" /tmp
+# A driver finds its raylet through files in /tmp/ray: with one for all nodes it would take another node's. The rest of
+# /tmp stays: the checkout may lie there.
+mkdir -p /tmp/ray
+mount --bind "$folder/tmp" /tmp/ray
 mount -t tmpfs -o size=256m tmpfs /dev/shm
 
 # The cable is plugged in from outside.

@@ -2,7 +2,7 @@
 
     python cluster/rehearsal/rehearsal.py [--only NAME ...] [--json FILE] [--no-namespaces]
 
-As root every node has a network, an address, a /tmp and process numbers of its own; without, nodes
+As root every node has network, address, /tmp/ray and process numbers of its own; without, nodes
 are processes with addresses of the loopback. Ray asks for a token everywhere, and S3 is a real
 server. The table goes to stdout, progress to stderr; the exit code is 1 when a row failed.
 """
@@ -53,7 +53,7 @@ SCENARIOS: dict[str, Callable[[Lab], Finding]] = {
     "infer-drain": drain_inference_node,
     "autoscale": scale_from_zero,
 }
-# Every machine has a /tmp of its own; what they share lies here.
+# Where paths stay short enough for sockets, whatever TMPDIR is.
 _SHARED = "/var/tmp"
 _FAILURES = (RetinarayError, OSError, subprocess.SubprocessError)
 _SECRET_FILES = ("auth_token", "s3.json")

@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from retinaray import __version__
@@ -202,6 +203,7 @@ def run_verb(verb: str, argv: Sequence[str]) -> int:
         if request.job is None:
             _print(request.printout)
             return 0
+        _import("retinaray.config.upload_folder:check_output_stays")(request.job, Path.cwd())
         configure_logging(verbosity, log_format, verb=verb)
         outcome = _run(verb, request.job)
     except RetinarayError as error:

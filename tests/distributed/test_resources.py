@@ -13,6 +13,7 @@ from retinaray.assembly.job_plan_workers import (
     plan_inference,
     plan_training,
 )
+from retinaray.config.nodes import ClusterConfig
 from retinaray.distributed.resources import connect
 from retinaray.errors import ClusterError
 
@@ -132,6 +133,47 @@ def test_plan_inference_leaves_the_decoders_their_processors() -> None:
         plan_inference(None, 1000, GPU_BOX, decode_cpus=16)
     with pytest.raises(ClusterError, match=r"workers=9 of 0\.5 GPUs each do not fit on the 4"):
         plan_inference(9, 1000, GPU_BOX, gpus_per_worker=0.5)
+
+
+def test_counting_on_plans_for_gpus_that_an_autoscaler_will_bring() -> None:
+    head = ClusterSize(num_cpus=0, num_gpus=0, num_nodes=1, is_local=False)
+    with pytest.raises(ClusterError, match="say with --gpus or --cpus how many an autoscaler"):
+        plan_training(4, head)
+    plan = plan_training(4, head.counting_on(num_cpus=None, num_gpus=4))
+    assert (plan.num_workers, plan.num_gpus, plan.num_cpus) == (4, 1, 1)
+    plan = plan_training(4, head.counting_on(num_cpus=16, num_gpus=None))
+    assert (plan.num_gpus, plan.num_threads) == (0, 4)
+
+
+def test_counting_on_leaves_gpus_to_others() -> None:
+    assert (
+        plan_inference(None, 1000, GPU_BOX.counting_on(num_cpus=None, num_gpus=2)).num_workers == 2
+    )
+    assert plan_training(2, GPU_BOX.counting_on(num_cpus=None, num_gpus=0)).num_gpus == 0
+
+
+@pytest.mark.parametrize(
+    "wanted", [{"num_cpus": 3, "num_gpus": None}, {"num_cpus": None, "num_gpus": 1}]
+)
+def test_counting_on_refuses_when_nobody_brings_more_to_one_machine(
+    wanted: dict[str, int | None],
+) -> None:
+    with pytest.raises(ClusterError, match="there is no cluster to grow: set RAY_ADDRESS"):
+        LAPTOP.counting_on(**wanted)
+
+
+@pytest.mark.local_ray
+def test_connect_says_what_an_autoscaler_has_to_bring(
+    ray_cluster: ClusterSize, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # An address makes it a cluster that may grow; the connection that is there is kept.
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    with (
+        caplog.at_level("INFO", "retinaray.distributed.resources"),
+        connect(counting_on=ClusterConfig(gpus=8)) as cluster,
+    ):
+        assert (cluster.num_gpus, cluster.num_cpus) == (8, max(8, ray_cluster.num_cpus))
+    assert "8 GPUs; 2 and 0 are there, an autoscaler has to bring the rest" in caplog.text
 
 
 @pytest.mark.local_ray

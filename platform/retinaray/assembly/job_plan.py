@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from retinaray.assembly.job_plan_files import assume_files
 from retinaray.assembly.job_plan_inference import (
@@ -21,6 +21,7 @@ from retinaray.assembly.job_plan_room import WORKER_BASE_BYTES, check_gpu_room, 
 from retinaray.assembly.job_plan_training import plan_train
 from retinaray.assembly.job_plan_workers import ClusterSize, WorkerPlan, add_up
 from retinaray.assembly.reading import read_json
+from retinaray.config.nodes import ClusterConfig
 from retinaray.config.plan_schema import PlanJob, PlannedJob, load_planned, parse_nodes
 from retinaray.config.schema import ENGINE_ENDINGS, EvaluateJob, ExportJob, InferJob, TrainJob
 from retinaray.errors import ConfigError, DatasetError, StorageError
@@ -68,9 +69,11 @@ def run_plan(plan: PlanJob) -> PlanOutcome:
     nodes, is_local = _find_nodes(plan, sheet)
     if isinstance(job, TrainJob):
         cluster = add_up(nodes, is_local=is_local, min_cpus=job.run.workers)
+        cluster = _count_on(job.cluster, cluster, sheet)
         plan_train(job, plan, nodes, cluster, sheet)
     elif isinstance(job, InferJob):
         cluster = add_up(nodes, is_local=is_local, min_cpus=_LOCAL_INFERENCE_CPUS)
+        cluster = _count_on(job.cluster, cluster, sheet)
         plan_infer(job, plan, nodes, cluster, sheet)
     else:
         cluster = add_up(nodes, is_local=is_local)
@@ -87,6 +90,21 @@ def _find_nodes(plan: PlanJob, sheet: PlanSheet) -> tuple[tuple[NodeKind, ...], 
     if not nodes:
         raise ConfigError("\n".join(unknown))
     return nodes, False
+
+
+def _count_on(wanted: ClusterConfig, cluster: ClusterSize, sheet: PlanSheet) -> ClusterSize:
+    """What the job takes of the nodes; says where it counts on more than they have."""
+    for option, asked, there in (
+        ("--gpus", wanted.gpus, cluster.num_gpus),
+        ("--cpus", wanted.cpus, cluster.num_cpus),
+    ):
+        if asked is not None and asked > there:
+            sheet.miss(f"nodes: {option} {asked} counts on more than the {there:g} of these nodes")
+    return replace(
+        cluster,
+        num_gpus=min(cluster.num_gpus, cluster.num_gpus if wanted.gpus is None else wanted.gpus),
+        num_cpus=min(cluster.num_cpus, cluster.num_cpus if wanted.cpus is None else wanted.cpus),
+    )
 
 
 def _plan_single(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from retinaray.assembly.job_plan_nodes import NodeKind
 from retinaray.errors import ClusterError
@@ -40,6 +40,27 @@ class ClusterSize:
     num_gpus: float
     num_nodes: int
     is_local: bool
+
+    def counting_on(self, *, num_cpus: int | None, num_gpus: int | None) -> ClusterSize:
+        """The cluster as a job may count on it.
+
+        Args:
+            num_cpus: Logical processors; none = those that are there, or as many as the GPUs.
+            num_gpus: GPUs; none = those that are there.
+
+        Raises:
+            ClusterError: If more is wanted of this machine alone, to which nobody brings anything.
+        """
+        gpus = self.num_gpus if num_gpus is None else num_gpus
+        # No machine with GPUs has fewer processors than GPUs.
+        cpus = max(self.num_cpus, gpus) if num_cpus is None else num_cpus
+        if self.is_local and (gpus > self.num_gpus or cpus > self.num_cpus):
+            raise ClusterError(
+                f"expected {cpus:g} CPUs and {gpus:g} GPUs (--cpus, --gpus), this machine has "
+                f"{self.num_cpus:g} and {self.num_gpus:g} and there is no cluster to grow: set "
+                "RAY_ADDRESS, or leave these options out"
+            )
+        return replace(self, num_cpus=cpus, num_gpus=gpus)
 
 
 @dataclass(frozen=True)
@@ -82,14 +103,14 @@ def plan_training(num_workers: int, cluster: ClusterSize) -> WorkerPlan:
     if cluster.num_gpus and cluster.num_gpus < num_workers:
         raise ClusterError(
             f"run.workers={num_workers} needs {num_workers} GPUs, the cluster has "
-            f"{cluster.num_gpus:g}: "
-            "lower --workers or add GPU nodes"
+            f"{cluster.num_gpus:g}: lower --workers, add GPU nodes, or say with --gpus how many an "
+            "autoscaler will bring"
         )
     if cluster.num_cpus < num_workers:
         raise ClusterError(
             f"run.workers={num_workers} needs {num_workers} CPUs, the cluster has "
-            f"{cluster.num_cpus:g}: "
-            "lower --workers or add nodes"
+            f"{cluster.num_cpus:g}: lower --workers, add nodes, or say with --gpus or --cpus how "
+            "many an autoscaler will bring"
         )
     threads = max(1, int(cluster.num_cpus / num_workers))
     num_gpus = 1 if cluster.num_gpus else 0
@@ -125,8 +146,8 @@ def plan_inference(
     elif cluster.num_gpus and capacity < num_workers:
         raise ClusterError(
             f"workers={num_workers} of {gpus_per_worker:g} GPUs each do not fit on the "
-            f"{cluster.num_gpus:g} GPUs of the cluster: lower --workers or --gpus-per-worker, or "
-            "add GPU nodes"
+            f"{cluster.num_gpus:g} GPUs of the cluster: lower --workers or --gpus-per-worker, add "
+            "GPU nodes, or say with --gpus how many an autoscaler will bring"
         )
     num_workers = max(1, min(num_workers, num_parts))
     if decode_cpus and cluster.num_cpus < decode_cpus + 1:
@@ -140,8 +161,8 @@ def plan_inference(
     num_cpus = min(1.0, int(100 * free / num_workers) / 100)
     if num_cpus < 0.01:
         raise ClusterError(
-            f"workers={num_workers} is too many for {cluster.num_cpus:g} CPUs: lower --workers "
-            "or add nodes"
+            f"workers={num_workers} is too many for {cluster.num_cpus:g} CPUs: lower --workers, "
+            "add nodes, or say with --cpus how many an autoscaler will bring"
         )
     return WorkerPlan(
         num_workers=num_workers,
@@ -176,7 +197,8 @@ def plan_sweep(
     if slots < 1:
         raise ClusterError(
             f"run.workers={num_workers}: a trial needs {each}, the cluster has {available:g}: "
-            "lower --workers or add nodes"
+            "lower --workers, add nodes, or say with --gpus or --cpus how many an autoscaler will "
+            "bring"
         )
     if num_concurrent is not None and min(num_concurrent, num_trials) > slots:
         asked = min(num_concurrent, num_trials)

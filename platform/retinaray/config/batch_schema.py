@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from retinaray.config.inference_schema import DetectionConfig
 from retinaray.config.nodes import (
     BackendName,
+    ClusterConfig,
     Config,
     Flag,
     Job,
@@ -189,6 +190,7 @@ class InferJob(Job):
     select: SelectionConfig = SelectionConfig()
     write: WriteConfig = WriteConfig()
     reading: ReadingConfig = ReadingConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
     def _check_fields_together(self) -> InferJob:

@@ -127,6 +127,16 @@ class ReadingConfig(Config):
     """Files fetched and decoded at once, per process."""
 
 
+class ClusterConfig(Config):
+    """What the job may count on in a cluster; an autoscaler may have to bring it first."""
+
+    gpus: Annotated[int | None, Field(ge=0, le=65_536), Flag("--gpus", unit="GPUs")] = None
+    """GPUs to use, waiting for those that are not there yet; none = those that are there at the
+    start, 0 = no GPU even if there are any."""
+    cpus: Annotated[int | None, Field(ge=1, le=10**6), Flag("--cpus", unit="CPUs")] = None
+    """The same for processors."""
+
+
 def require(rules: Iterable[tuple[bool, str]]) -> None:
     """Report every broken rule of a node at once.
 

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from retinaray.config.nodes import (
     BackboneName,
+    ClusterConfig,
     Config,
     Flag,
     Job,
@@ -336,6 +337,7 @@ class TrainJob(Job):
     anchors: AnchorConfig = AnchorConfig()
     data: TrainDataConfig
     reading: ReadingConfig = ReadingConfig()
+    cluster: ClusterConfig = ClusterConfig()
     augment: AugmentConfig = AugmentConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()

@@ -71,7 +71,10 @@ def _drive(
     """Bring a run that nobody else drives to its end."""
     storage = files.storage
     num_parts = record["num_parts"]
-    with log_fields(run_id=record["run_id"]), connect(min_cpus=2) as cluster:
+    with (
+        log_fields(run_id=record["run_id"]),
+        connect(min_cpus=2, counting_on=job.cluster) as cluster,
+    ):
         backend, reason = choose_backend(
             model_kind(job.model), job.backend, has_gpu=cluster.num_gpus > 0
         )

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from retinaray.assembly.job_plan_workers import ClusterSize
+from retinaray.config.nodes import ClusterConfig
 from retinaray.distributed.cluster_versions import explain_mismatch, refuse_other_versions
 from retinaray.distributed.run_links import (
     Submission,
@@ -36,17 +37,21 @@ _SOURCE_ROOT = Path(__file__).resolve().parents[2]
 
 
 @contextmanager
-def connect(*, min_cpus: int = 1) -> Iterator[ClusterSize]:
+def connect(
+    *, min_cpus: int = 1, counting_on: ClusterConfig | None = None
+) -> Iterator[ClusterSize]:
     """Be connected to Ray: as already connected, at RAY_ADDRESS, or on this machine alone.
 
     Args:
         min_cpus: Logical processors that an own cluster shall have at least.
+        counting_on: What the job wants to use; none = what is there.
 
     Yields:
-        What the cluster offers. An own cluster is stopped afterwards.
+        What the job may count on. An own cluster is stopped afterwards.
 
     Raises:
-        ClusterError: If Ray cannot be reached or started, or runs other versions than we do.
+        ClusterError: If Ray cannot be reached or started, or runs other versions than we do, or
+            more is wanted of this machine than it has.
         SystemExit: In the block, when SIGTERM comes, as from `ray job stop`.
     """
     _prepare_environment()
@@ -54,12 +59,12 @@ def connect(*, min_cpus: int = 1) -> Iterator[ClusterSize]:
 
     address = os.environ.get("RAY_ADDRESS")
     if ray.is_initialized():
-        yield _measure(address)
+        yield _count_on(_measure(address), counting_on)
         return
     _start(address, min_cpus)
     try:
         with _stop_on_sigterm():
-            yield _measure(address)
+            yield _count_on(_measure(address), counting_on)
     finally:
         ray.shutdown()
 
@@ -74,6 +79,23 @@ def _measure(address: str | None) -> ClusterSize:
         num_nodes=_count_nodes(),
         is_local=address is None,
     )
+
+
+def _count_on(present: ClusterSize, wanted: ClusterConfig | None) -> ClusterSize:
+    if wanted is None:
+        return present
+    cluster = present.counting_on(num_cpus=wanted.cpus, num_gpus=wanted.gpus)
+    if cluster.num_gpus > present.num_gpus or cluster.num_cpus > present.num_cpus:
+        logger.info(
+            "counting on %g CPUs and %g GPUs; %g and %g are there, an autoscaler has to bring the "
+            "rest",
+            *(cluster.num_cpus, cluster.num_gpus, present.num_cpus, present.num_gpus),
+        )
+    elif not present.is_local and not cluster.num_gpus:
+        logger.info(
+            "no GPU in this cluster: CPUs do the work; --gpus N waits for those of an autoscaler"
+        )
+    return cluster
 
 
 def _count_nodes() -> int:

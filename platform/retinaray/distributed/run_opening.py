@@ -33,6 +33,9 @@ _FREE_SETTINGS = (
     "reading.decode_memory_mib",
     "decoding.num_cpus",
     "decoding.resource",
+    "cluster",
+    "cluster.gpus",
+    "cluster.cpus",
     "write.compression",
 )
 

@@ -126,7 +126,7 @@ def run_training(job: TrainJob) -> TrainOutcome:
     with (
         log_fields(run_id=record["run_id"]),
         _track(job, folder, record) as tracked,
-        connect(min_cpus=job.run.workers) as cluster,
+        connect(min_cpus=job.run.workers, counting_on=job.cluster) as cluster,
         catch_signals() as stop,
     ):
         plan = _plan_workers(job, cluster)

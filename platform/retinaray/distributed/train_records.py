@@ -12,6 +12,7 @@ from typing import Any
 from retinaray.assembly.provenance import collect_versions, make_run_id
 from retinaray.assembly.reading import make_reader
 from retinaray.config.loading import to_dict
+from retinaray.config.nodes import ClusterConfig
 from retinaray.config.schema import TrainJob
 from retinaray.config.training_schema import TrackingConfig
 from retinaray.distributed.run_settings import compare_settings
@@ -35,6 +36,8 @@ FREE_SETTINGS = (
     "reading.threads",
     # As a whole, because the records of older runs do not have it.
     "tracking",
+    "cluster",
+    *(f"cluster.{name}" for name in ClusterConfig.model_fields),
     *(f"tracking.{name}" for name in TrackingConfig.model_fields),
 )
 

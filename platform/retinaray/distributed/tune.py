@@ -51,6 +51,9 @@ _FREE_SETTINGS = (
     "sweep.rule",
     # As a whole, because the records of older sweeps do not have it.
     "tracking",
+    "cluster",
+    "cluster.gpus",
+    "cluster.cpus",
 )
 
 
@@ -117,7 +120,7 @@ def run_sweep(job: TuneJob) -> SweepOutcome:
     is_resumed = _is_resumed(job, record, folder)
     num_trials = count_trials(job)
     with ExitStack() as trackers:
-        with connect(min_cpus=base.run.workers) as cluster:
+        with connect(min_cpus=base.run.workers, counting_on=job.cluster) as cluster:
             plan = plan_sweep(
                 num_trials=num_trials,
                 # Ray Tune restores the number that the sweep was started with.

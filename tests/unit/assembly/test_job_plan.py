@@ -547,6 +547,11 @@ def test_run_plan_plans_an_inference_of_real_files(
             "workers=3 of 0.5 GPUs each do not fit on the 1 GPUs",
         ),
         (
+            "model: m.pth\nimages: {}\ncluster: {{gpus: 2}}\n",
+            "g5.xlarge",
+            "nodes: --gpus 2 counts on more than the 1 of these nodes",
+        ),
+        (
             "model: m.pth\nimages: {}\ndecoding: {{device: gpu}}\n",
             BIG_NODE,
             "decoding.device=gpu decodes on the engine's GPU, and backend 'torch' has none",

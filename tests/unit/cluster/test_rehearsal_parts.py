@@ -351,17 +351,3 @@ def test_choose_victim_takes_the_least_busy_that_has_work(load: Load) -> None:
     assert module.choose_victim(hosts) is hosts[2]
     with pytest.raises(module.RehearsalError, match="2 nodes at least, they are on 1"):
         module.choose_victim(hosts[:2])
-
-
-def test_compare_counts_sees_lost_images_and_detections_but_not_scores(load: Load) -> None:
-    module = load("autoscaling_scenario")
-    rows = [{"image_id": 1, "score": 0.5}, {"image_id": 1, "score": 0.4}, {"image_id": 2}]
-    expected = {"images.json": b"[1, 2]", "detections.json": json.dumps(rows).encode()}
-    rows[0]["score"] = 0.25
-    found = {"images.json": b"[1, 2]", "detections.json": json.dumps(rows).encode()}
-    module.compare_counts(found, expected)
-    fewer = {**found, "detections.json": json.dumps(rows[1:]).encode()}
-    with pytest.raises(module.RehearsalError, match=r"1 images have others, .* 1: 1 for 2"):
-        module.compare_counts(fewer, expected)
-    with pytest.raises(module.RehearsalError, match=r"images\.json differs"):
-        module.compare_counts({**found, "images.json": b"[1]"}, expected)
