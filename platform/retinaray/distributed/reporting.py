@@ -66,11 +66,6 @@ def stay_here() -> NodeAffinitySchedulingStrategy:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
-def stay_here() -> NodeAffinitySchedulingStrategy:
-    """On this process's own node: a node that is lost takes its actors along, but not this one."""
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-
-
 @contextmanager
 def follow_events(handle: Callable[[dict[str, Any]], None]) -> Iterator[Any]:
     """Run a mailbox whose events reach `handle`, in a thread of the driver, while the block runs.
