@@ -7,11 +7,12 @@ BIN := $(VENV)/bin
 TEST_PROCESSES ?= 2
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test check unit format benchmark rehearsal clean
+.PHONY: help install demo test test-all check unit format benchmark rehearsal clean
 
 help:
 	@echo "make demo [DATA=folder]  train, export, infer over S3 and evaluate, with embedded data"
-	@echo "make test                every test that needs no GPU, after make check"
+	@echo "make test                the tests that need no GPU, after make check"
+	@echo "make test-all            with those that take minutes: more faults, more sizes"
 	@echo "make check               formatting, lint, types, unit and architecture tests"
 	@echo "make install             create $(VENV) from requirements.lock"
 	@echo "make format              format the code"
@@ -38,11 +39,14 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/unit tests/architecture
 
-test: install
+test: CHOICE = not gpu and not slow
+test-all: CHOICE = not gpu
+
+test test-all: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not gpu" -n $(TEST_PROCESSES) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "$(CHOICE)" -n $(TEST_PROCESSES) --dist loadfile
 
 unit: install
 	$(BIN)/python -m pytest -q tests/unit
