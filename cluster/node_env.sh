@@ -5,6 +5,8 @@ export PATH="$HOME/retinaray/.venv/bin:$PATH"
 # Explicit, because the default differs between ways of starting Ray. The token lies in ~/.ray/auth_token.
 export RAY_AUTH_MODE=token
 export RAY_USAGE_STATS_ENABLED=0
+# `ray job stop` kills after three seconds by default; a training then has no time for its checkpoint.
+export RAY_JOB_STOP_WAIT_TIME_S=120
 
 if [ -r "$HOME/.retinaray_region" ]; then
     . "$HOME/.retinaray_region"

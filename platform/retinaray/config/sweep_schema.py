@@ -131,6 +131,12 @@ class TuneJob(TrainJob):
                     "data.val_annotations (--val-annotations): required for a sweep: trials are "
                     "compared by validation AP",
                 ),
+                (
+                    self.run.min_workers is None and self.run.storage is None,
+                    "run.min_workers (--min-workers) and run.storage (--checkpoints): a sweep's "
+                    "trials keep their number of workers, and their checkpoints in its folder; "
+                    "leave these options out",
+                ),
                 *((False, fault) for fault in find_space_faults(self.space, TrainJob, tree)),
                 (
                     self.sweep.search != "grid" or all(is_choice(d) for d in self.space.values()),

@@ -256,6 +256,12 @@ class TrainRunConfig(Config):
     speed does not count."""
     strict_anchors: Annotated[bool, Flag("--strict-anchors")] = False
     """Refuse to train when more than 1 % of the ground truth has no anchor with IoU 0.5."""
+    min_workers: Annotated[int | None, Field(ge=1), Flag("--min-workers", unit="workers")] = None
+    """Go on with as few when nodes are lost, and grow back; none = always --workers."""
+    storage: Annotated[Location | None, Flag("--checkpoints", metavar="DIR|s3://")] = None
+    """Folder or S3 prefix of this run alone for its checkpoints; none = the run folder."""
+    keep_every: Annotated[int, Field(ge=0), Flag("--keep-every", unit="epochs")] = 0
+    """Keep the weights of every so many epochs for good, beside best and last; 0 = none."""
     max_failures: Annotated[int, Field(ge=0), Flag("--max-failures")] = 3
     """Worker failures that are survived by going back to the last checkpoint."""
     override: Annotated[bool, Flag("--override")] = False
@@ -283,9 +289,18 @@ class TrainRunConfig(Config):
                     f"run.accumulate={self.accumulate} parts each: make --batch a multiple of "
                     f"{self.workers * self.accumulate}, or lower --accumulate",
                 ),
+                (
+                    self.min_workers is None or self._takes(self.min_workers),
+                    f"run.min_workers={self.min_workers}: expected at most run.workers="
+                    f"{self.workers}, and run.batch={self.batch} a multiple of it times "
+                    f"run.accumulate={self.accumulate}",
+                ),
             ]
         )
         return self
+
+    def _takes(self, num_workers: int) -> bool:
+        return num_workers <= self.workers and self.batch % (num_workers * self.accumulate) == 0
 
 
 class TrackingConfig(Config):

@@ -19,6 +19,7 @@ from retinaray.assembly.training import (
     TrainingInputs,
     check_objective,
     count_steps,
+    make_card,
     read_inputs,
     resolve_paths,
 )
@@ -118,9 +119,12 @@ def run_training(job: TrainJob) -> TrainOutcome:
     folder = Path(job.output).with_suffix("")
     folder = folder.with_name(folder.name + "_run")
     check_objective(job, inputs)
+    if job.model.fine_tune is not None:
+        # What a worker would refuse late, and where the user reads what was taken.
+        make_card(job, inputs, run_id="")
     _announce(job, inputs)
     check_coverage(job, inputs)
-    store = RunStore(_read_option(job, "storage") or str(folder), job.reading.endpoint_url)
+    store = RunStore(job.run.storage or str(folder), job.reading.endpoint_url)
     record = open_run(job, folder, store)
     # The trackers are asked before a worker starts, and told last, when all files are there.
     with (
@@ -153,21 +157,16 @@ def run_training(job: TrainJob) -> TrainOutcome:
     )
 
 
-def _read_option(job: TrainJob, name: str) -> Any:
-    """A setting of the run that sweeps and older records do not have; None without it."""
-    return getattr(job.run, name, None)
-
-
 def _resolve_storage(job: TrainJob) -> TrainJob:
-    storage = _read_option(job, "storage")
-    if storage is None:
+    if job.run.storage is None:
         return job
-    return load_from_dict(TrainJob, to_dict(job), {"run.storage": absolute_uri(storage)})
+    changes = {"run.storage": absolute_uri(job.run.storage)}
+    return load_from_dict(TrainJob, to_dict(job), changes)
 
 
 def _plan_workers(job: TrainJob, cluster: ClusterSize) -> WorkerPlan:
     """The workers of a full cluster; refused only if not even the least number fits now."""
-    least = _read_option(job, "min_workers") or job.run.workers
+    least = job.run.min_workers or job.run.workers
     plan = plan_training(least, cluster)
     threads = max(1, int(cluster.num_cpus / job.run.workers))
     return replace(plan, num_workers=job.run.workers, num_threads=threads)
@@ -230,8 +229,8 @@ def _fit(
         store=store,
         events=events,
         stop=stop,
-        min_workers=_read_option(job, "min_workers"),
-        keep_every=_read_option(job, "keep_every") or 0,
+        min_workers=job.run.min_workers,
+        keep_every=job.run.keep_every,
     )
     cause, result = "", None
     try:

@@ -23,6 +23,8 @@ from retinaray.config.schema import (
         (OptimConfig, {"momentum": 0.8}, r"momentum=0\.8 would not be used by .*=adamw"),
         (OptimConfig, {"optimizer": "sgd", "momentum": 1.0}, "less than 1"),
         (OptimConfig, {"max_skipped_steps": 0}, "greater than or equal to 1"),
+        (TrainRunConfig, {"batch": 8, "workers": 4, "min_workers": 5}, "most run.workers=4, and"),
+        (TrainRunConfig, {"batch": 8, "workers": 4, "min_workers": 3}, "=8 a multiple of it"),
         (
             TrainRunConfig,
             {"batch": 8, "accumulate": 3},
@@ -81,3 +83,7 @@ def test_load_from_argv_takes_the_flags_of_a_training_step() -> None:
         False,
         None,
     )
+
+
+def test_train_run_takes_fewer_workers_that_share_the_batch() -> None:
+    assert TrainRunConfig(batch=8, workers=4, min_workers=2).min_workers == 2

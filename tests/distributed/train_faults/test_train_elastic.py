@@ -1,0 +1,113 @@
+"""A training whose nodes go and come: it goes on with as many workers as there is room for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from retinaray.config.schema import TrainJob
+
+pytestmark = [pytest.mark.local_ray, pytest.mark.usefixtures("ray_cluster")]
+
+NUM_STEPS = 40
+# Longer than what the helpers of a test wait for, so that theirs is the message.
+PATIENCE_S = 900.0
+
+
+@pytest.fixture
+def ray_nodes(ray_cluster: object) -> Iterator[Any]:
+    """A cluster of a head that runs no work and two nodes of one processor each."""
+    from ray.cluster_utils import Cluster
+
+    # Settings of the session's Ray, its token among them, hold for this one too: see `connect`.
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    size: dict[str, Any] = {"object_store_memory": 80_000_000, "include_dashboard": False}
+    cluster: Any = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **size})
+    try:
+        # A driver connects to any node of its own address; that must be the head.
+        for address in ("127.0.0.2", "127.0.0.3"):
+            cluster.add_node(num_cpus=1, node_ip_address=address, **size)
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def test_a_training_shrinks_when_a_node_is_lost_and_grows_when_one_comes(
+    ray_nodes: Any,
+    make_long_job: Callable[..., TrainJob],
+    start_elastic: Callable[..., subprocess.Popen[bytes]],
+    image: Path,
+    hold_reader: Callable[..., Any],
+    has_reader_of: Callable[[Path], bool],
+    read_events: Callable[[Path, str], list[dict[str, Any]]],
+    read_tensors: Callable[[Path], dict[str, torch.Tensor]],
+    wait_until: Callable[[Callable[[], object], str], None],
+    tmp_path: Path,
+) -> None:
+    job = make_long_job(
+        tmp_path / "model.pth",
+        data__val_annotations=None,
+        run__epochs=NUM_STEPS // 2,
+        run__val_every=1,
+        run__workers=2,
+    )
+    folder = tmp_path / "run"
+    has_reader, is_node_gone = threading.Event(), threading.Event()
+
+    def recoveries() -> list[dict[str, Any]]:
+        return read_events(folder, "recovery") if (folder / "metrics.jsonl").exists() else []
+
+    def follow(reading: int) -> bool:
+        if reading == 2:
+            wait_until(lambda: _is_registered(folder, "step_00000002"), "the first checkpoint")
+            has_reader.set()
+            wait_until(is_node_gone.is_set, "the end of a node")
+            # Whoever read is on that node, or is ended by Ray with its group.
+            return False
+        if reading > 3 and len(recoveries()) < 2:
+            # Nodes are counted every ten seconds: the epochs are made long enough for that.
+            threading.Event().wait(3.0)
+            # Ray may have ended its reader with the group of one.
+            return has_reader_of(image)
+        return True
+
+    with hold_reader(image, follow) as failures:
+        driver = start_elastic(job, folder, min_workers=1, address=ray_nodes.address)
+        wait_until(lambda: has_reader.is_set() or driver.poll() is not None, "a reader")
+        assert driver.poll() is None
+        # Ray starts and ends nodes in the main thread only.
+        try:
+            ray_nodes.remove_node(next(iter(ray_nodes.worker_nodes)), allow_graceful=False)
+        finally:
+            is_node_gone.set()
+        wait_until(lambda: recoveries() or driver.poll() is not None, "steps of one worker")
+        ray_nodes.add_node(
+            num_cpus=1,
+            node_ip_address="127.0.0.4",
+            object_store_memory=80_000_000,
+            include_dashboard=False,
+        )
+        assert driver.wait(PATIENCE_S) == 0
+    assert not failures
+    lost, grown = recoveries()[:2]
+    assert (lost["num_workers"], lost["cause"]) == (1, "workers failed or were lost")
+    assert lost["lost_steps"] <= 2
+    assert (grown["num_workers"], grown["cause"]) == (2, "the workers were changed")
+    # A checkpoint was asked for ten seconds before; an epoch has one, too.
+    assert grown["lost_steps"] <= 16
+    steps = [event["step"] for event in read_events(folder, "progress")]
+    assert sorted(set(steps)) == list(range(1, NUM_STEPS + 1))
+    weights = sorted(folder.glob("ray_train/*/weights.pth"))[-1]
+    assert all(value.isfinite().all() for value in read_tensors(weights).values())
+
+
+def _is_registered(folder: Path, checkpoint: str) -> bool:
+    """Whether Ray would go on from a checkpoint: it is listed, not only there."""
+    return any(checkpoint in path.read_text() for path in folder.rglob("*snapshot.json"))
