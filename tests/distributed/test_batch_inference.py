@@ -176,6 +176,7 @@ def test_run_inference_completes_only_what_is_missing_when_it_was_interrupted(
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
+@pytest.mark.slow
 def test_run_inference_gives_the_same_bytes_when_its_worker_was_killed(
     alone: InferOutcome,
     make_infer_job: MakeJob,
@@ -274,6 +275,7 @@ def test_run_inference_gives_the_same_bytes_when_others_decode(
     assert alone.summary["stage_s"]["decode"] > 0
 
 
+@pytest.mark.slow
 def test_run_inference_gives_the_same_bytes_when_images_are_one_tile_each(
     alone: InferOutcome, make_infer_job: MakeJob, tmp_path: Path
 ) -> None:
@@ -373,6 +375,7 @@ def test_run_inference_refuses_another_model_on_the_same_output(
         run_inference(make_infer_job(finished))
 
 
+@pytest.mark.slow
 def test_run_inference_starts_over_when_overwriting(
     alone: InferOutcome, make_infer_job: MakeJob, finished: Path
 ) -> None:

@@ -168,7 +168,7 @@ def test_spill_watch_goes_on_when_the_cluster_does_not_answer(
         return answer
 
     watch = SpillWatch(read, lambda: 0.0)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "retinaray"):
         spilled = [watch.check(now=True) for _ in range(3)]
     # A node that was lost takes its count along: 3 after 7.
     assert spilled == [7, 7, 7]

@@ -140,6 +140,7 @@ def test_commands_leave_no_token_that_changes_other_clusters(chain: Chain, workp
     assert not (workplace / "home" / ".ray" / "auth_token").exists()
 
 
+@pytest.mark.slow
 def test_train_resumes_when_its_driver_was_killed(
     chain: Chain,
     workplace: Path,

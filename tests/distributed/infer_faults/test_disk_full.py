@@ -66,6 +66,7 @@ def test_infer_goes_on_when_a_full_disk_got_room(
     assert json.loads((output / "run.json").read_bytes())["totals"]["num_images"] == 32
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undisturbed")
 def test_infer_names_the_full_disk_when_it_cannot_even_begin(
     make_job: Callable[..., InferJob], small_disk: Callable[[int], Path]

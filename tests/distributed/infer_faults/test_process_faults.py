@@ -89,6 +89,7 @@ def test_infer_completes_when_a_node_is_killed(
     assert (output / "_SUCCESS").exists()
 
 
+@pytest.mark.slow
 def test_infer_gives_the_same_bytes_when_three_workers_in_a_row_are_killed(
     undisturbed: Results,
     make_job: Callable[..., InferJob],

@@ -77,6 +77,7 @@ def interrupt(
     return run
 
 
+@pytest.mark.slow
 def test_infer_goes_on_at_once_when_its_driver_was_killed(
     undisturbed: Results,
     interrupt: Callable[..., None],

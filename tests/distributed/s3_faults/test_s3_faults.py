@@ -135,6 +135,7 @@ def test_run_inference_accounts_for_an_image_that_vanished_after_it_was_listed(
     assert json.loads(storage.read_bytes(f"{outcome.run}/images.json")) == kept
 
 
+@pytest.mark.slow
 def test_run_inference_keeps_its_parts_when_the_server_goes_away(
     calm: dict[str, bytes],
     make_s3_job: Callable[[str, str], InferJob],

@@ -48,6 +48,7 @@ def pieces_s3(faulty_s3: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     return faulty_s3
 
 
+@pytest.mark.slow
 def test_fit_workers_keeps_checkpoints_on_s3_when_the_server_refuses_for_a_while(
     make_train_job: Callable[..., TrainJob], s3_bucket: str, pieces_s3: Any, tmp_path: Path
 ) -> None:

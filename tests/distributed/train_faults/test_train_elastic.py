@@ -39,6 +39,7 @@ def ray_nodes(ray_cluster: object) -> Iterator[Any]:
         cluster.shutdown()
 
 
+@pytest.mark.slow
 def test_a_training_shrinks_when_a_node_is_lost_and_grows_when_one_comes(
     ray_nodes: Any,
     make_long_job: Callable[..., TrainJob],

@@ -110,6 +110,7 @@ def test_a_training_goes_on_when_its_driver_was_killed(
     assert outcome.recoveries == (recovery["seconds"],)
 
 
+@pytest.mark.slow
 def test_a_training_names_the_full_disk_and_goes_on_when_there_is_room(
     ray_cluster: ClusterSize,
     reference: Tensors,

@@ -102,6 +102,7 @@ def _damage_and_go_on(
     )
 
 
+@pytest.mark.slow
 def test_a_worker_whose_machine_gets_notice_loses_no_step_before_it(
     reference: Tensors,
     make_long_job: Callable[..., TrainJob],

@@ -156,7 +156,9 @@ def test_run_sealed_ends_everything_inside_when_its_caller_is_ended(
         "subprocess.run(['bash', '-c', 'echo ready; sleep 1000'], stdin=subprocess.DEVNULL)"
     )
     outside = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import sealing;"
+        "import signal, sys; sys.path.insert(0, sys.argv[1]); import sealing;"
+        # Shells start background jobs deaf to Ctrl-C, and this test may be in one.
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"
         "sealing.run_sealed([sys.executable, '-c', sys.argv[2], sys.argv[1]])"
     )
     command = [sys.executable, "-c", outside, str(FOLDER), inside]
@@ -164,6 +166,9 @@ def test_run_sealed_ends_everything_inside_when_its_caller_is_ended(
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
         os.kill(process.pid, number)
-        rest, _ = process.communicate(timeout=TIMEOUT_S)
+        try:
+            rest, _ = process.communicate(timeout=TIMEOUT_S)
+        finally:
+            process.kill()
     assert rest == b""
     assert process.returncode != 0
