@@ -219,6 +219,20 @@ def plan_sweep(
     )
 
 
+def count_threads(planned: int, *, num_cpus: float, num_gpus: float) -> int:
+    """Threads of a worker, once it is on its machine.
+
+    A plan that counts on machines which an autoscaler has still to bring knows little of their
+    processors; beside a GPU they are there to be used.
+
+    Args:
+        planned: Threads by the plan.
+        num_cpus: Logical processors of the machine.
+        num_gpus: Its GPUs; without any the plan holds.
+    """
+    return max(planned, int(num_cpus / num_gpus)) if num_gpus else planned
+
+
 def count_loaders(asked: int | None, *, num_threads: int, has_gpu: bool) -> int:
     """Decoding processes of a worker: one per core beside a GPU; on a CPU they fight the step.
 

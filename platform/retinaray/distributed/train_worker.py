@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from retinaray.artifact import ModelCard
-from retinaray.assembly.job_plan_workers import count_loaders
+from retinaray.assembly.job_plan_workers import count_loaders, count_threads
 from retinaray.assembly.training import (
     TrainingInputs,
     choose_autocast,
@@ -57,10 +57,11 @@ def train_worker(config: dict[str, Any]) -> LoopEnd:
     Returns:
         Why the training ended.
     """
-    torch.set_num_threads(config["threads"])
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
+    num_threads = _count_own_threads(config["threads"], device)
+    torch.set_num_threads(num_threads)
     if device.type == "cuda":
         # What is sent between workers goes through the present device of each.
         torch.cuda.set_device(device)
@@ -101,13 +102,22 @@ def train_worker(config: dict[str, Any]) -> LoopEnd:
         first_step=state.step,
         num_processes=count_loaders(
             job.data.loader_processes,
-            num_threads=config["threads"],
+            num_threads=num_threads,
             has_gpu=device.type == "cuda",
         ),
         pin_memory=device.type == "cuda",
     )
     wrapped = _wrap(model, device, world_size)
     return _run(wrapped, loader, settings, keeper)
+
+
+def _count_own_threads(planned: int, device: torch.device) -> int:
+    if device.type != "cuda":
+        return planned
+    node_id = ray.get_runtime_context().get_node_id()
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    (own,) = (node["Resources"] for node in nodes if node["NodeID"] == node_id)
+    return count_threads(planned, num_cpus=own.get("CPU", 0), num_gpus=own.get("GPU", 0))
 
 
 def _make_keeper(

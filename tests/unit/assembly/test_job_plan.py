@@ -329,6 +329,13 @@ def test_count_trials_multiplies_the_choices_of_a_grid(
     assert job_plan_training.count_trials(job) == expected
 
 
+def test_count_threads_shares_the_machine_among_its_gpus() -> None:
+    # Planned before an autoscaler brought the machine; 48 processors and 4 GPUs are there.
+    assert rules.count_threads(1, num_cpus=48, num_gpus=4) == 12
+    assert rules.count_threads(16, num_cpus=48, num_gpus=4) == 16
+    assert rules.count_threads(2, num_cpus=48, num_gpus=0) == 2
+
+
 def test_count_loaders_fills_the_cores_beside_a_gpu() -> None:
     assert rules.count_loaders(None, num_threads=12, has_gpu=True) == 11
     assert rules.count_loaders(None, num_threads=1, has_gpu=True) == 1
