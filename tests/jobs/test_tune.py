@@ -28,7 +28,7 @@ run: {batch: 4, epochs: 2, precision: fp32, max_failures: 0}
 space:
   anchors.base_scale: [4.0, 2.0]
   model.backbone_weights: [null, absent.pth]
-sweep: {search: grid, grace_epochs: 1, reduction: 4, retries: 0, concurrent: 2}
+sweep: {search: grid, grace_epochs: 2, reduction: 4, retries: 0, concurrent: 2}
 """
 
 
@@ -48,7 +48,7 @@ def sweep(
     start_command: Callable[..., subprocess.Popen[str]],
     wait_until: Callable[[Callable[[], object], str], None],
 ) -> Sweep:
-    """Two trials train, two fail; the driver is killed when Tune has noted that a trial ended."""
+    """Two trials train to the end, two fail; the driver is killed when Tune has noted that a trial ended."""
     (workplace / "sweep.yaml").write_text(SWEEP, encoding="utf-8")
     notes = workplace / "sweep" / "ray_tune"
     process = start_command("-m", "retinaray", "tune", "--config", "sweep.yaml")

@@ -111,6 +111,7 @@ def test_infer_goes_on_at_once_when_its_driver_was_killed(
     assert list(Storage().list_files(f"{output}/lock")) == []
 
 
+@pytest.mark.slow
 def test_infer_gives_the_same_bytes_when_interrupted_three_times_and_given_other_workers(
     undisturbed: Results,
     make_job: Callable[..., InferJob],

@@ -30,6 +30,7 @@ ReadTensors = Callable[[Path], Tensors]
 WaitUntil = Callable[[Callable[[], object], str], None]
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_when_all_its_workers_were_killed(
     reference: Tensors,
     make_long_job: Callable[..., TrainJob],
@@ -70,6 +71,7 @@ def test_a_training_goes_on_when_all_its_workers_were_killed(
         torch.testing.assert_close(found[name], tensor, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_when_its_driver_was_killed(
     reference: Tensors,
     make_long_job: Callable[..., TrainJob],
