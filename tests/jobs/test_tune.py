@@ -48,7 +48,7 @@ def sweep(
     start_command: Callable[..., subprocess.Popen[str]],
     wait_until: Callable[[Callable[[], object], str], None],
 ) -> Sweep:
-    """Two trials train to the end, two fail; the driver is killed when Tune has noted that a trial ended."""
+    """Two trials train to the end, two fail; the driver is killed when a trial has ended."""
     (workplace / "sweep.yaml").write_text(SWEEP, encoding="utf-8")
     notes = workplace / "sweep" / "ray_tune"
     process = start_command("-m", "retinaray", "tune", "--config", "sweep.yaml")
