@@ -240,8 +240,7 @@ def make_network(job: TrainJob, num_classes: int) -> RetinaNet:
     """The network of a training with random weights; reads no file."""
     norm = job.model.norm
     if norm == "auto":
-        is_random = job.model.backbone_weights is None and job.model.fine_tune is None
-        norm = "gn" if is_random else "frozen_bn"
+        norm = "gn" if job.model.is_random else "frozen_bn"
     network = RetinaNet(
         backbone=job.model.backbone,
         num_classes=num_classes,

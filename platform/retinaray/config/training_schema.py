@@ -91,6 +91,11 @@ class ModelConfig(Config):
     head_depth: Annotated[int, Field(ge=0, le=8), Flag("--head-depth", unit="convolutions")] = 4
     """3x3 convolutions in each head before the output layer."""
 
+    @property
+    def is_random(self) -> bool:
+        """Whether no weights are given to start from."""
+        return self.backbone_weights is None and self.fine_tune is None
+
 
 class AnchorConfig(Config):
     """Anchor boxes: data that travels with the weights, never a constant in the source."""
@@ -361,7 +366,7 @@ class TrainJob(Job):
 
     @model_validator(mode="after")
     def _check_sections_together(self) -> TrainJob:
-        is_random = self.model.backbone_weights is None and self.model.fine_tune is None
+        is_random = self.model.is_random
         require(
             [
                 (

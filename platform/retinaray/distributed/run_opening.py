@@ -12,7 +12,7 @@ from retinaray.assembly.provenance import collect_versions, make_run_id
 from retinaray.assembly.reading import absolute_uri, make_predictor_settings, read_model_card
 from retinaray.config.loading import load_from_dict, to_dict
 from retinaray.config.schema import InferJob
-from retinaray.distributed.run_settings import compare_settings
+from retinaray.distributed.run_settings import CLUSTER_SETTINGS, compare_settings
 from retinaray.errors import ConfigError
 from retinaray.inference.manifest import cut_parts, list_sources
 from retinaray.inference.part_table import write_parts
@@ -33,9 +33,7 @@ _FREE_SETTINGS = (
     "reading.decode_memory_mib",
     "decoding.num_cpus",
     "decoding.resource",
-    "cluster",
-    "cluster.gpus",
-    "cluster.cpus",
+    *CLUSTER_SETTINGS,
     "write.compression",
 )
 

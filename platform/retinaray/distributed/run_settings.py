@@ -6,6 +6,11 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from retinaray.config.nodes import ClusterConfig
+
+# Free in every run; as a whole too, because older records do not have them.
+CLUSTER_SETTINGS = ("cluster", *(f"cluster.{name}" for name in ClusterConfig.model_fields))
+
 
 def compare_settings(
     old: Mapping[str, Any], new: Mapping[str, Any], *, free: Collection[str], path: str = ""

@@ -28,7 +28,7 @@ from retinaray.config.schema import TrainJob
 from retinaray.distributed.resources import connect
 from retinaray.distributed.run_store import RunStore
 from retinaray.distributed.stop_signals import StopSignal, catch_signals, end_process
-from retinaray.distributed.train_records import FREE_SETTINGS, open_run
+from retinaray.distributed.train_records import open_run
 from retinaray.errors import CheckpointError, ClusterError, ConfigError
 from retinaray.log_format import log_fields
 from retinaray.reporting.experiment_loggers import ExperimentRun
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from retinaray.distributed.train_events import TrainEvents
 
 logger = logging.getLogger(__name__)
-
-_FREE_SETTINGS = FREE_SETTINGS
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,9 @@ from typing import Any
 from retinaray.assembly.provenance import collect_versions, make_run_id
 from retinaray.assembly.reading import make_reader
 from retinaray.config.loading import to_dict
-from retinaray.config.nodes import ClusterConfig
 from retinaray.config.schema import TrainJob
 from retinaray.config.training_schema import TrackingConfig
-from retinaray.distributed.run_settings import compare_settings
+from retinaray.distributed.run_settings import CLUSTER_SETTINGS, compare_settings
 from retinaray.distributed.run_store import RunStore
 from retinaray.errors import ConfigError
 from retinaray.storage import Storage
@@ -36,8 +35,7 @@ FREE_SETTINGS = (
     "reading.threads",
     # As a whole, because the records of older runs do not have it.
     "tracking",
-    "cluster",
-    *(f"cluster.{name}" for name in ClusterConfig.model_fields),
+    *CLUSTER_SETTINGS,
     *(f"tracking.{name}" for name in TrackingConfig.model_fields),
 )
 

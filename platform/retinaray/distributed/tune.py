@@ -31,7 +31,7 @@ from retinaray.config.loading import load_from_dict, to_dict
 from retinaray.config.schema import TrainJob, TuneJob
 from retinaray.config.search_space import parse_space
 from retinaray.distributed.resources import connect
-from retinaray.distributed.run_settings import compare_settings
+from retinaray.distributed.run_settings import CLUSTER_SETTINGS, compare_settings
 from retinaray.errors import ConfigError
 from retinaray.log_format import describe_worker_log, log_fields
 from retinaray.storage import Storage, is_s3
@@ -51,9 +51,7 @@ _FREE_SETTINGS = (
     "sweep.rule",
     # As a whole, because the records of older sweeps do not have it.
     "tracking",
-    "cluster",
-    "cluster.gpus",
-    "cluster.cpus",
+    *CLUSTER_SETTINGS,
 )
 
 

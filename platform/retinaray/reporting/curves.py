@@ -30,7 +30,7 @@ def draw_training_curves(events: Sequence[Mapping[str, Any]], path: Path) -> Non
     # A line through one point shows nothing.
     marker = "." if len(progress) == 1 else ""
     lines = [
-        losses.plot(epochs, _smooth([e[key] for e in progress]), marker=marker, label=label)[0]
+        losses.plot(epochs, smooth([e[key] for e in progress]), marker=marker, label=label)[0]
         for key, label in (("class_loss", "class loss"), ("box_loss", "box loss"))
     ]
     losses.set_ylabel("loss per foreground anchor")
@@ -60,7 +60,7 @@ def draw_training_curves(events: Sequence[Mapping[str, Any]], path: Path) -> Non
     figure.savefig(path, dpi=110)
 
 
-def _smooth(values: Sequence[float], weight: float = 0.7) -> list[float]:
+def smooth(values: Sequence[float], weight: float = 0.7) -> list[float]:
     """Exponential average without the bias of its start; values that are not finite are gaps."""
     smoothed = []
     total = norm = 0.0

@@ -16,7 +16,7 @@ from retinaray.config.schema import TrainJob
 from retinaray.config.training_schema import TrackingConfig
 from retinaray.distributed.run_settings import compare_settings
 from retinaray.distributed.sweep_results import TrialRecord
-from retinaray.distributed.train import _FREE_SETTINGS as _FREE_IN_TRAINING
+from retinaray.distributed.train_records import FREE_SETTINGS as _FREE_IN_TRAINING
 from retinaray.distributed.trial import TrialTask
 from retinaray.distributed.trial_tracking import SweepTracking
 from retinaray.distributed.tune import _FREE_SETTINGS as _FREE_IN_SWEEP

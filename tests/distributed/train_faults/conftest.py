@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -154,30 +153,6 @@ def start_elastic(
         return start_process(_ELASTIC_DRIVER, *arguments, RAY_ADDRESS=address)
 
     return start
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """A file system of its own; called with another size in KiB, it becomes that large."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = shutil.which("mount")
-    if mount is None or os.geteuid() != 0:
-        pytest.skip("needs root and the program mount, to make a file system that can be full")
-    arguments = [mount, "-t", "tmpfs", "-o", "size=64k", "retinaray-test", str(folder)]
-    made = subprocess.run(arguments, check=False, capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"needs the right to mount a tmpfs: {made.stderr.strip()}")
-
-    def resize(size_kib: int) -> Path:
-        options = f"remount,size={size_kib}k"
-        subprocess.run([mount, "-o", options, str(folder)], check=True)
-        return folder
-
-    try:
-        yield resize
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from retinaray.reporting.curves import smooth
 from retinaray.reporting.report.charts import Axes, Line, draw_chart
 from retinaray.reporting.report.contents import ReportedRun
 from retinaray.reporting.report.markup import (
@@ -68,7 +69,7 @@ def _draw_progress(
     for number, run in runs:
         events = _pick(run, "progress")
         values = [float(event[key]) for event in events]
-        shown = _smooth(values) if is_smooth else values
+        shown = smooth(values) if is_smooth else values
         lines.append(Line([event["epoch"] for event in events], shown, number, number))
         ends.append(f"{run.name} ends at {shown[-1]:.4g}")
     chart = draw_chart(
@@ -231,17 +232,3 @@ def _pick(run: ReportedRun, kind: str) -> list[Mapping[str, Any]]:
 
 def _scored_validations(run: ReportedRun) -> list[Mapping[str, Any]]:
     return [event for event in _pick(run, "validation") if event.get("AP") is not None]
-
-
-def _smooth(values: Sequence[float], weight: float = 0.7) -> list[float]:
-    """Exponential average without the bias of its start; values that are not finite are gaps."""
-    smoothed = []
-    total = norm = 0.0
-    for value in values:
-        if not math.isfinite(value):
-            smoothed.append(math.nan)
-            continue
-        total = weight * total + (1 - weight) * value
-        norm = weight * norm + (1 - weight)
-        smoothed.append(total / norm)
-    return smoothed
