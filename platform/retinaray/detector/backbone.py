@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 from torchvision.models import mobilenet_v3_large
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import FrozenBatchNorm2d
@@ -161,10 +162,65 @@ def load_backbone_state(backbone: Backbone, state: Mapping[str, Tensor]) -> None
 def make_norm(kind: NormKind, eps: float = 1e-5) -> Callable[[int], nn.Module]:
     """The normalisation layer for a number of channels."""
     if kind == "frozen_bn":
-        return partial(FrozenBatchNorm2d, eps=eps)
+        return partial(_FrozenNorm, eps=eps)
     if kind in ("bn", "sync_bn"):
         return partial(nn.BatchNorm2d, eps=eps)
     return _group_norm
+
+
+class _FrozenNorm(FrozenBatchNorm2d):  # type: ignore[misc]
+    """Fixed statistics and affine; in training the convolution before it does its work."""
+
+    def find_factors(self) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"]]:
+        """What each channel is multiplied by, and what is added then."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return scale, self.bias - self.running_mean * scale
+
+    def forward(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N C H W"]:
+        if self.training:
+            return x
+        normed: Tensor = super().forward(x)
+        return normed
+
+
+class _NormedConv2d(nn.Conv2d):
+    """A convolution that takes over the frozen norm behind it, in training.
+
+    It scales its weights where the norm would scale its output: two passes over each feature map
+    less, and maps of half the size under autocast, where the norm's product with float32 factors
+    is float32.
+    """
+
+    norm: tuple[_FrozenNorm]
+
+    def forward(self, input: Float[Tensor, "N C H W"]) -> Float[Tensor, "N _ _ _"]:
+        (norm,) = self.norm
+        if not norm.training:
+            return super().forward(input)
+        scale, shift = norm.find_factors()
+        return functional.conv2d(
+            input,
+            self.weight * scale[:, None, None, None],
+            shift,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
+
+
+def _fold_norms(body: nn.Module) -> None:
+    """Make every convolution with a frozen norm behind it, which has no bias, take it over."""
+    conv: nn.Module | None = None
+    for module in body.modules():
+        if isinstance(module, _FrozenNorm) and isinstance(conv, nn.Conv2d):
+            # In place: a module of its own would draw its initial weights once more.
+            conv.__class__ = _NormedConv2d
+            # Not as a child of the convolution: the norm keeps its place and its keys.
+            conv.__dict__["norm"] = (module,)
+            conv = None
+        elif isinstance(module, nn.Conv2d):
+            conv = module
 
 
 def count_groups(channels: int) -> int:
@@ -184,6 +240,7 @@ def _build_resnet(name: str, norm: NormKind) -> ResNet:
     block, depths = _RESNETS[name]
     body = ResNet(block, depths, norm_layer=make_norm(norm))
     del body.fc, body.avgpool
+    _fold_norms(body)
     return body
 
 
@@ -191,6 +248,7 @@ def _build_mobilenet(norm: NormKind) -> nn.Module:
     # eps 0.001 is what the published MobileNetV3 weights were trained with.
     body: nn.Module = mobilenet_v3_large(norm_layer=make_norm(norm, eps=0.001))
     del body.classifier, body.avgpool
+    _fold_norms(body)
     return body
 
 

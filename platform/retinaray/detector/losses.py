@@ -6,11 +6,12 @@ K classes.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from retinaray.detector.box_coding import decode_boxes, encode_boxes
@@ -20,6 +21,11 @@ BoxLoss = Literal["smooth_l1", "l1", "giou"]
 
 # Keeps areas that are divided by off zero; torchvision's value.
 _EPSILON = 1e-7
+# Smallest normal float32: its logarithm is finite.
+_TINY = torch.finfo(torch.float32).tiny
+# Logits in flight at once: what a processor's cache holds, and enough to keep a GPU busy.
+_PIECE = 1 << 18
+_GPU_PIECE = 1 << 24
 
 
 def focal_loss_sum(
@@ -31,38 +37,116 @@ def focal_loss_sum(
 ) -> Float[Tensor, ""]:
     """Sigmoid focal loss summed over all anchors that are not ignored.
 
-    Written as the background loss of every logit plus a correction at each foreground anchor's own
-    class, which needs no one-hot target of shape N A K.
+    Written as the background loss of every logit, exchanged for the foreground loss at each
+    foreground anchor's own class, which needs no one-hot target of shape N A K. The gradient is
+    made on the way, piece by piece: no temporary is as large as the logits but the gradient itself.
 
     Args:
-        logits: Raw scores, any float type; computed in float32.
+        logits: Raw scores, any float type; computed in float32. Their gradient has their type.
         class_indices: Class in [0, K) of foreground anchors, BACKGROUND (-1) or IGNORED (-2)
             otherwise.
         alpha: Weight of the foreground in (0, 1).
         gamma: Focusing power >= 0.
 
     Returns:
-        The sum, a scalar; 0 when every anchor is ignored.
+        The sum, a float32 scalar; 0 when every anchor is ignored. It can be differentiated once.
 
-    Source: Lin et al. 2017 (arXiv:1708.02002), equation 5.
+    Source: Lin et al. 2017 (arXiv:1708.02002), equation 5 and appendix B for its derivative.
     """
-    logits = logits.float()
-    is_counted = class_indices != IGNORED
-    is_foreground = class_indices >= 0
-    background = _background_term(logits, gamma).sum(-1)
-    own_logit = logits.gather(-1, class_indices.clamp(min=0)[..., None])[..., 0]
-    # A foreground logit loses what a background logit of the opposite sign would.
-    foreground = _background_term(-own_logit, gamma)
-    correction = alpha * foreground - (1 - alpha) * _background_term(own_logit, gamma)
-    per_anchor = (1 - alpha) * background + torch.where(is_foreground, correction, 0.0)
-    return torch.where(is_counted, per_anchor, 0.0).sum()
+    total: Tensor = _FocalSum.apply(logits, class_indices, alpha, gamma)
+    return total
 
 
-def _background_term(logits: Float[Tensor, "*shape"], gamma: float) -> Float[Tensor, "*shape"]:
-    # sigmoid(x) ** gamma by its logarithm, x - softplus(x): the power's own gradient is infinity
-    # times 0 where the sigmoid underflows and gamma < 1.
-    loss = functional.softplus(logits)
-    return torch.exp(gamma * (logits - loss)) * loss
+class _FocalSum(torch.autograd.Function):
+    """The sum, with its gradient from the same pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Float[Tensor, "N A K"],
+        class_indices: Int[Tensor, "N A"],
+        alpha: float,
+        gamma: float,
+    ) -> Float[Tensor, ""]:
+        rows = logits.detach().reshape(-1, logits.shape[-1])
+        classes = class_indices.reshape(-1)
+        is_foreground = classes >= 0
+        # Half a float's digits are enough for a gradient, but float16's range is not.
+        dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
+        gradient = torch.empty_like(rows, dtype=dtype) if ctx.needs_input_grad[0] else None
+        background = _sum_background(
+            rows, (1 - alpha) * (classes != IGNORED), gamma=gamma, gradient=gradient
+        )
+        own_class = classes.clamp(min=0)[:, None]
+        own_logit = rows.gather(1, own_class)[:, 0].float()
+        # A foreground logit loses what a background logit of the opposite sign would.
+        foreground, slope = _background_term(-own_logit, gamma)
+        instead = (1 - alpha) * _background_term(own_logit, gamma)[0]
+        if gradient is not None:
+            own = gradient.gather(1, own_class)[:, 0]
+            own = torch.where(is_foreground, (-alpha * slope).to(dtype), own)
+            gradient.scatter_(1, own_class, own[:, None])
+        ctx.gradient, ctx.like = gradient, (logits.shape, logits.dtype)
+        return background + torch.where(is_foreground, alpha * foreground - instead, 0.0).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Float[Tensor, ""]) -> tuple[Tensor | None, None, None, None]:
+        if ctx.gradient is None:
+            raise RuntimeError("the focal loss was differentiated already: its gradient is gone")
+        gradient, ctx.gradient = ctx.gradient.mul_(upstream), None
+        shape, dtype = ctx.like
+        return gradient.to(dtype).reshape(shape), None, None, None
+
+
+def _sum_background(
+    rows: Float[Tensor, "R K"],
+    weights: Float[Tensor, " R"],
+    *,
+    gamma: float,
+    gradient: Tensor | None,
+) -> Float[Tensor, ""]:
+    """Weighted sum of every logit's background loss, in pieces that stay in the cache.
+
+    Args:
+        rows: Logits.
+        weights: Of each row.
+        gamma: Focusing power.
+        gradient: Receives the sum's derivative, [R, K]; none = nobody wants it.
+    """
+    total = torch.zeros((), device=rows.device)
+    step = max(1, (_GPU_PIECE if rows.is_cuda else _PIECE) // max(1, rows.shape[1]))
+    logit, power, loss, slope = (
+        torch.empty(min(step, len(rows)), rows.shape[1], device=rows.device) for _ in range(4)
+    )
+    for start in range(0, len(rows), step):
+        piece = slice(start, min(start + step, len(rows)))
+        count = piece.stop - start
+        x, p, y, g = logit[:count], power[:count], loss[:count], slope[:count]
+        x.copy_(rows[piece])
+        torch.sigmoid(x, out=p)
+        # softplus(x) = -log(sigmoid(-x)), or x itself where that has no more digits.
+        torch.neg(x, out=y).sigmoid_().clamp_(min=_TINY).log_().neg_()
+        torch.maximum(y, x, out=y)
+        # g = gamma (1 - p) y + p, the derivative over p ** gamma.
+        torch.sub(y, torch.mul(p, y, out=g), out=g)
+        torch.add(p, g, alpha=gamma, out=g)
+        p = p.mul_(p) if gamma == 2 else p.pow_(gamma)
+        p.mul_(weights[piece, None])
+        total += torch.dot(p.view(-1), y.view(-1))
+        if gradient is not None:
+            gradient[piece].copy_(g.mul_(p))
+    return total
+
+
+def _background_term(
+    logits: Float[Tensor, "*shape"], gamma: float
+) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
+    """Unweighted loss of background logits, p ** gamma * softplus(x), and its derivative."""
+    loss, p = functional.softplus(logits), torch.sigmoid(logits)
+    # The power by its logarithm, x - softplus(x): it stays exact where the sigmoid underflows.
+    power = torch.exp(gamma * (logits - loss))
+    return power * loss, power * (gamma * (1 - p) * loss + p)
 
 
 def box_loss_sum(

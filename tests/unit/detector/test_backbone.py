@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -232,3 +233,50 @@ def test_backbone_refuses_when_the_name_is_unknown() -> None:
 def test_backbone_refuses_to_move_a_stride_when_it_has_no_bottlenecks(name: str) -> None:
     with torch.device("meta"), pytest.raises(ValueError, match="stride_in_1x1: only ResNet50FPN"):
         Backbone(name, stride_in_1x1=True)
+
+
+@pytest.mark.parametrize("name", ["ResNet18FPN", "ResNet50FPN", "MobileNetV3LargeFPN"])
+def test_backbone_folds_frozen_norms_into_convolutions_when_training(name: str) -> None:
+    torch.manual_seed(0)
+    backbone = Backbone(name, norm="frozen_bn")
+    randomise_norms(backbone)
+    images = torch.randn(2, 3, 64, 64)
+    gradients = []
+    outputs = []
+    for is_training in (True, False):
+        backbone.train(is_training)
+        backbone.zero_grad()
+        maps = backbone(images)
+        torch.autograd.backward([value.square().mean() for value in maps])
+        outputs.append(maps)
+        gradients.append(torch.cat([p.grad.flatten() for p in backbone.parameters()]))
+    for folded, plain in zip(*outputs, strict=True):
+        torch.testing.assert_close(folded, plain, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-2, atol=1e-4)
+
+
+def randomise_norms(backbone: Backbone) -> None:
+    """Statistics and affine as trained weights have them: none is 0 or 1."""
+    for module in backbone.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.weight.uniform_(0.5, 1.0)
+            module.bias.normal_(std=0.1)
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+
+
+def test_backbone_keeps_maps_in_bfloat16_when_norms_are_folded_under_autocast() -> None:
+    backbone = Backbone("ResNet10FPN", norm="frozen_bn").train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        maps = backbone(torch.randn(1, 3, 64, 64))
+    assert {value.dtype for value in maps} == {torch.bfloat16}
+
+
+def test_backbone_folds_the_norms_of_its_copy_when_it_is_copied() -> None:
+    backbone = Backbone("ResNet10FPN", norm="frozen_bn").train()
+    copied = copy.deepcopy(backbone)
+    randomise_norms(copied)
+    images = torch.randn(1, 3, 64, 64)
+    folded = copied(images)[-1]
+    torch.testing.assert_close(folded, copied.eval()(images)[-1], rtol=1e-3, atol=1e-4)
+    assert not torch.equal(folded, backbone(images)[-1])

@@ -11,6 +11,7 @@ from torch.nn import functional
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
+from retinaray.detector import losses
 from retinaray.detector.losses import BoxLoss, box_loss_sum, focal_loss_sum
 from retinaray.detector.matching import BACKGROUND, IGNORED, match_anchors
 
@@ -257,3 +258,29 @@ def test_losses_stay_finite_when_a_box_is_degenerate(
     for gradient in (deltas.grad, logits.grad):
         assert gradient is not None
         assert torch.isfinite(gradient).all()
+
+
+def test_focal_loss_sum_is_the_same_in_pieces_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for piece in (1, 100, 1 << 18):
+        monkeypatch.setattr(losses, "_PIECE", piece)
+        logits = random_logits(5, 3.0).requires_grad_()
+        loss = focal_loss_sum(logits, random_classes(6))
+        loss.backward()
+        found.append((loss.detach(), logits.grad))
+    for loss, gradient in found[:2]:
+        torch.testing.assert_close(loss, found[2][0])
+        torch.testing.assert_close(gradient, found[2][1])
+
+
+def test_focal_loss_sum_refuses_a_second_derivation() -> None:
+    loss = focal_loss_sum(random_logits(7, 1.0).requires_grad_(), random_classes(8))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated already"):
+        loss.backward()
+
+
+def test_focal_loss_sum_is_nan_when_a_logit_is() -> None:
+    logits = random_logits(9, 1.0)
+    logits[0, 0, 0] = math.nan
+    assert focal_loss_sum(logits, torch.full((2, 60), BACKGROUND)).isnan()

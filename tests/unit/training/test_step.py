@@ -245,7 +245,8 @@ def test_take_halves_the_scale_and_changes_no_weight_when_the_scaled_loss_overfl
     optimizer = make_optimizer(model, kind="sgd", learning_rate=0.01, weight_decay=0.05)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    assert not take_whole(model, optimizer, batch, scaler=scaler).is_finite
+    steep = LossSettings(box_weight=1000.0)
+    assert not take_whole(model, optimizer, batch, scaler=scaler, loss=steep).is_finite
     assert scaler.get_scale() == 2.0**126
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
