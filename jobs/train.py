@@ -3,10 +3,10 @@ r"""Train a RetinaNet with Ray Train and keep the best weights.
 On a cluster, from the repository root:
     ray job submit --address http://HEAD:8265 --working-dir . -- \
         python jobs/train.py /mnt/shared/cells.pth \
-            --config jobs/configs/train_bccd.yaml --workers 4 --batch 32
+            --config jobs/configs/train/bccd_resnet18.yaml --workers 4 --batch 32
 
 On this machine:
-    python jobs/train.py cells.pth --config jobs/configs/train_bccd.yaml
+    python jobs/train.py cells.pth --config jobs/configs/train/bccd_resnet18.yaml
 
 Same as `retinaray train`; `--help` lists every setting. The last line of stdout is one JSON
 object. A new script here must not be named after a package that is imported: this folder is first

@@ -13,17 +13,23 @@ from retinaray.config.schema import JOBS
 
 REPOSITORY = Path(__file__).parents[2]
 JOBS_FOLDER = REPOSITORY / "jobs"
-ALL_YAMLS = sorted((JOBS_FOLDER / "configs").rglob("*.y*ml"))
+CONFIGS = JOBS_FOLDER / "configs"
+ALL_YAMLS = sorted(CONFIGS.rglob("*.y*ml"))
 ALL_SCRIPTS = sorted(JOBS_FOLDER.glob("*.py"))
 JOB_CLASSES = {job_class.verb: job_class for job_class in JOBS}
 
 
+def _find_verb(path: Path) -> str:
+    """The folder's name, or what the file's name begins with."""
+    return path.relative_to(CONFIGS).with_suffix("").parts[0].partition("_")[0]
+
+
 def _job_class(path: Path) -> type[Job]:
-    return JOB_CLASSES[path.name.partition("_")[0]]
+    return JOB_CLASSES[_find_verb(path)]
 
 
 def test_all_files_are_seen() -> None:
-    assert len(ALL_YAMLS) == 6
+    assert len(ALL_YAMLS) == 7
     assert [path.stem for path in ALL_SCRIPTS] == ["evaluate", "export", "infer", "train", "tune"]
 
 
@@ -36,11 +42,10 @@ def test_yaml_loads_as_it_is(path: Path) -> None:
 @pytest.mark.parametrize("path", ALL_YAMLS, ids=lambda path: path.name)
 def test_yaml_begins_with_the_command_that_uses_it(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    verb = path.name.partition("_")[0]
+    verb, name = _find_verb(path), path.relative_to(REPOSITORY).as_posix()
     comment = [line for line in text.splitlines()[:5] if line.startswith("#")]
     assert any(
-        line.startswith(f"# retinaray {verb} ") and f"--config jobs/configs/{path.name}" in line
-        for line in comment
+        line.startswith(f"# retinaray {verb} ") and f"--config {name}" in line for line in comment
     )
 
 

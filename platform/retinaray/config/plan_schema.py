@@ -137,7 +137,7 @@ class PlanJob(Job):
 
     verb: ClassVar[str] = "plan"
     examples: ClassVar[tuple[str, ...]] = (
-        "retinaray plan --job jobs/configs/train_bccd.yaml",
+        "retinaray plan --job jobs/configs/train/bccd_resnet18.yaml",
         "retinaray plan --job jobs/configs/train_small_objects.yaml --nodes 2xg5.12xlarge "
         '--with="--workers 8 --batch 32"',
         "retinaray plan --job jobs/configs/infer_s3.yaml --num-images 1000000 "

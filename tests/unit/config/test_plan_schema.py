@@ -98,12 +98,17 @@ def test_plan_job_examples_are_valid_command_lines(monkeypatch: pytest.MonkeyPat
         program, verb, *argv = shlex.split(example)
         assert (program, verb) == ("retinaray", "plan")
         plan = load_from_argv(PlanJob, argv)
-        assert load_planned(plan).verb == Path(plan.job).stem.partition("_")[0]
+        assert load_planned(plan).verb == find_verb_by_name(Path(plan.job).absolute())
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_find_verb_tells_every_job_file_of_the_repository(path: Path) -> None:
-    assert find_verb(read_yaml(str(path)).tree) == path.stem.partition("_")[0]
+    assert find_verb(read_yaml(str(path)).tree) == find_verb_by_name(path)
+
+
+def find_verb_by_name(path: Path) -> str:
+    """The folder's name below the settings, or what the file's name begins with."""
+    return path.relative_to(CONFIGS).with_suffix("").parts[0].partition("_")[0]
 
 
 @pytest.mark.parametrize(
