@@ -78,9 +78,9 @@ def run(quick: bool = False) -> list[Record]:
     return [*records, *measure_losses(setting, batch)]
 
 
-def make_batch(setting: Setting, device: torch.device) -> Batch:
+def make_batch(setting: Setting, device: torch.device, *, seed: int = 0) -> Batch:
     """Noise with boxes of 16 px to half the image, in the memory format of our data loader."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     shape = (setting.num_images, setting.num_boxes)
     size = 16 + torch.rand(*shape, 2, generator=generator) * (setting.side_px / 2 - 16)
     corner = torch.rand(*shape, 2, generator=generator) * (setting.side_px - size)
@@ -112,10 +112,14 @@ def list_targets(batch: Batch) -> list[dict[str, Tensor]]:
 # --- competitors ----------------------------------------------------------------------------------
 
 
-def make_ours(backbone: str, setting: Setting, batch: Batch) -> dict[str, Loss]:
+def make_ours(
+    backbone: str, setting: Setting, batch: Batch, *, is_compiled: bool = False
+) -> dict[str, Loss]:
     """Our step, our gradients, and the network's gradients alone."""
     model = RetinaNet(backbone=backbone, num_classes=setting.num_classes, norm="frozen_bn")
     model.to(batch.images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if is_compiled:
+        model.compile(dynamic=False)
     optimizer = make_optimizer(model, kind="adamw", learning_rate=LEARNING_RATE, weight_decay=0.05)
     anchors = model.anchors_for(batch.images)
     settings = LossSettings()
