@@ -1,0 +1,1 @@
+"""What `import retinaray` offers to notebooks and programs; every command is one function."""
