@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from retinaray.evaluation.coco_map import TWELVE, ClassScores, CocoScores
 from retinaray.reporting.score_table import render_scores
@@ -64,6 +66,48 @@ def test_training_view_logs_lines_off_a_terminal(
     first, second = caplog.messages
     assert first.startswith("step 25/100  epoch 2.5  class 0.040")
     assert second.startswith("validation after epoch 3: AP 0.500")
+
+
+def test_training_view_draws_bar_and_figures_on_a_terminal(
+    make_progress: Event, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, no_color=True, width=60)
+    with caplog.at_level(logging.INFO):
+        with TrainingView(console=console) as view:
+            assert "starting: no step is reported yet" in screen.getvalue()
+            view.show(make_progress(25))
+        text = screen.getvalue()
+    assert "25/100" in text
+    # The figures are longer than the line; what tells when it ends is not cut off.
+    assert "ETA" in text
+    assert "1:01" in text
+    assert caplog.messages == []
+
+
+def test_training_view_logs_on_a_terminal_that_cannot_redraw(
+    make_progress: Event, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    screen = io.StringIO()
+    view = TrainingView(console=Console(file=screen, force_terminal=True))
+    with caplog.at_level(logging.INFO), view:
+        view.show(make_progress(25))
+    assert len(caplog.messages) == 1
+    assert screen.getvalue() == ""
+
+
+def test_training_view_gives_the_terminal_back_when_the_training_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True)
+    with pytest.raises(ValueError, match="broken"), TrainingView(console=console):
+        raise ValueError("broken")
+    hidden, shown = "\x1b[?25l", "\x1b[?25h"
+    assert screen.getvalue().rfind(shown) > screen.getvalue().rfind(hidden) >= 0
 
 
 def test_render_scores_lines_up_and_says_absent() -> None:

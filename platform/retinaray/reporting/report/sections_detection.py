@@ -305,7 +305,7 @@ def _draw_scores(name: str, analysis: DetectionAnalysis, highest: int) -> str:
     )
     chart = draw_chart(
         lines,
-        Axes("score", "detections per bin", (0, 1), (0, 1.05 * highest)),
+        Axes("score", "detections per bin", (0, 1), (0, 1.05 * max(1, highest))),
         label=f"Scores of hits and of false detections of {name}: {low}",
     )
     legend = make_legend([(0, 0, "hits"), (1, 1, "false detections")])
