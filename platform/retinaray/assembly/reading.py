@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from retinaray.artifact import ModelCard, model_kind, read_weights
-from retinaray.config.schema import DetectionConfig, ReadingConfig
+from retinaray.assembly.versioned_reading import VersionedReader
+from retinaray.config.schema import DetectionConfig, ReadingConfig, TrainDataConfig
+from retinaray.data.cache_folder import CacheFolder
+from retinaray.data.decoded_cache import DecodedCache
+from retinaray.data.read_cache import CheckedCache, ReadCache
 from retinaray.errors import DatasetError, MissingFileError
 from retinaray.inference.onnx_contract import read_onnx_card
 from retinaray.inference.pipeline import ReadSettings
@@ -19,6 +24,33 @@ from retinaray.storage import Storage, is_s3, local_path
 def make_reader(reading: ReadingConfig) -> Callable[[str], bytes]:
     """A function that gives the bytes at a URI."""
     return Storage(endpoint_url=reading.endpoint_url).read_bytes
+
+
+def make_image_sources(
+    data: TrainDataConfig, reading: ReadingConfig
+) -> tuple[Callable[[str], bytes], DecodedCache | None]:
+    """How training images are read, and how they are decoded if not from what is read.
+
+    Args:
+        data: Whether something is kept on this machine, what, and where; the folder is made here.
+        reading: How it is read.
+
+    Returns:
+        What gives the bytes at a URI, and what gives pixels in its place; none = nothing does.
+    """
+    if data.cache is None:
+        return make_reader(reading), None
+    cache = CheckedCache(
+        CacheFolder(Path(data.cache), max_bytes=int(data.cache_gb * 1e9)),
+        VersionedReader(Storage(endpoint_url=reading.endpoint_url)),
+        recheck_s=data.cache_recheck_s,
+    )
+    if not data.cache_decoded:
+        return ReadCache(cache), None
+    decoded = DecodedCache(
+        cache, max_pixels=reading.max_pixels, allow_truncated=reading.allow_truncated
+    )
+    return make_reader(reading), decoded
 
 
 def make_read_settings(reading: ReadingConfig) -> ReadSettings:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from retinaray.artifact import Architecture, ModelCard, hash_content
 from retinaray.assembly.provenance import collect_versions
-from retinaray.assembly.reading import absolute_uri, make_reader
+from retinaray.assembly.reading import absolute_uri, make_image_sources, make_reader
 from retinaray.assembly.training_inputs import (
     TrainingInputs,
     check_objective,
@@ -85,6 +85,8 @@ def resolve_paths(job: TrainJob) -> TrainJob:
     if data.val_annotations is not None:
         changes["data.val_annotations"] = absolute_uri(data.val_annotations)
         changes["data.val_images"] = absolute_uri(data.val_images or data.images)
+    if data.cache is not None:
+        changes["data.cache"] = absolute_uri(data.cache)
     weights = job.model.backbone_weights
     # A name of torchvision's stays a name.
     if weights is not None and Path(weights).expanduser().is_file():
@@ -269,16 +271,18 @@ def make_loader(
         num_processes: Processes that decode; 0 = in this one.
         pin_memory: Whether batches go to a GPU.
     """
+    read, decoded = make_image_sources(job.data, job.reading)
     dataset: Any = TrainingDataset(
         dataset=inputs.train,
         images_root=job.data.images,
-        read=make_reader(job.reading),
+        read=read,
         canvas=choose_training_canvas(job, inputs),
         augment=make_augment_settings(job),
         seed=job.run.seed,
         max_pixels=job.reading.max_pixels,
         allow_truncated=job.reading.allow_truncated,
         turns_for_portraits=job.data.two_canvases,
+        decoded=decoded,
     )
     sampler = StreamSampler(
         num_images=len(inputs.train),

@@ -18,10 +18,10 @@ from retinaray.config.nodes import (
     Job,
     Location,
     ReadingConfig,
-    Size,
     require,
 )
 from retinaray.config.optim_schema import LossConfig, OptimConfig
+from retinaray.config.train_data_schema import TrainDataConfig
 
 __all__ = [
     "METRICS",
@@ -125,65 +125,6 @@ class AnchorConfig(Config):
         """Pixels per cell of each level."""
         first, last = (int(level) for level in self.levels.split("-"))
         return tuple(2**level for level in range(first, last + 1))
-
-
-class TrainDataConfig(Config):
-    """What is learnt from, and at which size."""
-
-    images: Annotated[Location, Flag("--images", metavar="DIR|s3://")] = "."
-    """Folder or S3 prefix of the training images."""
-    annotations: Annotated[Location, Flag("--annotations", metavar="FILE")]
-    """COCO JSON of the training set."""
-    val_images: Annotated[Location | None, Flag("--val-images", metavar="DIR|s3://")] = None
-    """Folder of the validation images; none = --images."""
-    val_annotations: Annotated[Location | None, Flag("--val-annotations", metavar="FILE")] = None
-    """COCO JSON of the validation set; none = no validation, the last weights are kept."""
-    classes: Annotated[int | None, Field(ge=1, le=100_000), Flag("--classes", unit="classes")] = (
-        None
-    )
-    """Number of classes without background; none = as many as the JSON has; must agree with it."""
-    resize: Annotated[int, Field(ge=32, le=8192), Flag("--resize", unit="px")] = 800
-    """Short side of an image after resize."""
-    max_size: Annotated[int, Field(ge=32, le=8192), Flag("--max-size", unit="px")] = 1333
-    """Long side after resize at most."""
-    size: Annotated[Size | None, Flag("--size", unit="px", metavar="H W")] = None
-    """Network canvas, height and width; none = the one that --resize and --max-size need for
-    these images."""
-    two_canvases: Annotated[bool, Flag("--two-canvases")] = False
-    """Train images that are higher than wide in batches of their own, on a canvas turned upright:
-    less padding where both shapes occur. Validation and the model have one canvas for both."""
-    on_bad_box: Annotated[Literal["drop", "error"], Flag("--on-bad-box")] = "drop"
-    """Boxes without area, outside the image or not finite: leave out with a warning, or refuse
-    the set."""
-    loader_processes: Annotated[
-        int | None, Field(ge=0, le=64), Flag("--loader-processes", unit="processes")
-    ] = None
-    """Processes that decode for one training worker; none = chosen by the worker's cores,
-    0 = in the worker."""
-
-    @model_validator(mode="after")
-    def _check_fields_together(self) -> TrainDataConfig:
-        require(
-            [
-                (
-                    self.max_size >= self.resize,
-                    f"data.max_size={self.max_size} is below data.resize={self.resize}: the long "
-                    "side cannot be shorter than the short side; raise --max-size or lower "
-                    "--resize",
-                ),
-                (
-                    self.val_images is None or self.val_annotations is not None,
-                    f"data.val_images={self.val_images} without data.val_annotations: nothing "
-                    "would be validated; give --val-annotations, or drop --val-images",
-                ),
-                (
-                    not self.two_canvases or self.size is None,
-                    f"data.two_canvases=true with data.size={self.size}: both canvases follow from "
-                    "the images; drop --size, or --two-canvases",
-                ),
-            ]
-        )
-        return self
 
 
 class AugmentConfig(Config):

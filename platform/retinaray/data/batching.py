@@ -10,14 +10,14 @@ has a stream of its own, and a step takes its batch from one of the two.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from retinaray.data.augmentation import (
     AugmentSettings,
@@ -26,8 +26,10 @@ from retinaray.data.augmentation import (
     move_boxes,
     needed_size,
 )
-from retinaray.data.coco import CocoDataset, resolve_image_uri
-from retinaray.data.image_decoding import decode_image
+from retinaray.data.coco import CocoDataset, ImageRecord, resolve_image_uri
+from retinaray.data.decoded_cache import DecodedCache
+from retinaray.data.image_decoding import DecodedImage, decode_image
+from retinaray.data.input_cost import CostWatch, InputCost
 from retinaray.errors import DatasetError, ImageError, StorageError
 
 StreamIndex = tuple[int, int]
@@ -44,6 +46,7 @@ class Sample:
         class_indices: Class of each box.
         is_crowd: Which boxes are ignored regions.
         image_id: The image's id in the data set.
+        cost: What it took to make the sample.
     """
 
     image: UInt8[np.ndarray, "H W 3"]
@@ -51,6 +54,7 @@ class Sample:
     class_indices: Int[np.ndarray, " M"]
     is_crowd: Bool[np.ndarray, " M"]
     image_id: int | str
+    cost: InputCost = field(default_factory=InputCost)
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class Batch:
         is_valid: False where padded.
         is_crowd: True for ignored regions.
         image_ids: For messages.
+        cost: What it took to make the samples; nothing in a part of a batch.
     """
 
     images: UInt8[Tensor, "N 3 H W"]
@@ -72,6 +77,7 @@ class Batch:
     is_valid: Bool[Tensor, "N M"]
     is_crowd: Bool[Tensor, "N M"]
     image_ids: tuple[int | str, ...]
+    cost: InputCost = field(default_factory=InputCost)
 
     def split(self, count: int) -> list[Batch]:
         """Parts of equal size, in order.
@@ -105,6 +111,7 @@ class Batch:
             is_valid=self.is_valid.to(device, non_blocking=True),
             is_crowd=self.is_crowd.to(device, non_blocking=True),
             image_ids=self.image_ids,
+            cost=self.cost,
         )
 
     def pin_memory(self) -> Batch:
@@ -116,6 +123,7 @@ class Batch:
             is_valid=self.is_valid.pin_memory(),
             is_crowd=self.is_crowd.pin_memory(),
             image_ids=self.image_ids,
+            cost=self.cost,
         )
 
 
@@ -215,6 +223,8 @@ class TrainingDataset(Dataset[Sample]):
         allow_truncated: Accept files that end early.
         turns_for_portraits: Images that are higher than wide have the canvas turned by 90 degrees:
             its width as their height.
+        decoded: Decodes in the place of `read`, by the same `max_pixels` and `allow_truncated`;
+            none = without a cache of pixels.
     """
 
     def __init__(  # noqa: PLR0913
@@ -229,6 +239,7 @@ class TrainingDataset(Dataset[Sample]):
         max_pixels: int,
         allow_truncated: bool,
         turns_for_portraits: bool = False,
+        decoded: DecodedCache | None = None,
     ) -> None:
         self._dataset = dataset
         self._images_root = images_root
@@ -239,6 +250,7 @@ class TrainingDataset(Dataset[Sample]):
         self._max_pixels = max_pixels
         self._allow_truncated = allow_truncated
         self._turns_for_portraits = turns_for_portraits
+        self._decoded = decoded
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -249,7 +261,12 @@ class TrainingDataset(Dataset[Sample]):
         Raises:
             DatasetError: If the image cannot be read or decoded; the text names file and id.
         """
-        epoch, position = index
+        worker = get_worker_info()
+        watch = CostWatch(0 if worker is None else worker.num_workers)
+        sample = self._make_sample(*index)
+        return replace(sample, cost=watch.stop())
+
+    def _make_sample(self, epoch: int, position: int) -> Sample:
         rng = np.random.default_rng([self._seed, epoch, position])
         if rng.random() >= self._augment.mosaic:
             return self._load(position, rng, *self._choose_canvas(position))
@@ -298,13 +315,7 @@ class TrainingDataset(Dataset[Sample]):
         record = self._dataset.images[position]
         uri = resolve_image_uri(self._images_root, record.file_name)
         try:
-            decoded = decode_image(
-                self._read(uri),
-                fit_height=fit[0],
-                fit_width=fit[1],
-                max_pixels=self._max_pixels,
-                allow_truncated=self._allow_truncated,
-            )
+            decoded = self._decode(uri, record, fit)
         except (ImageError, StorageError) as error:
             raise DatasetError(f"image {record.image_id!r} ({uri}): {error}") from error
         if (decoded.full_height, decoded.full_width) != (record.height, record.width):
@@ -315,6 +326,24 @@ class TrainingDataset(Dataset[Sample]):
                 "run `retinaray doctor --fix` on the annotations"
             )
         return decoded.pixels
+
+    def _decode(self, uri: str, record: ImageRecord, fit: tuple[int, int]) -> DecodedImage:
+        fit_height, fit_width = fit
+        if self._decoded is not None:
+            return self._decoded.decode(
+                uri,
+                height=record.height,
+                width=record.width,
+                fit_height=fit_height,
+                fit_width=fit_width,
+            )
+        return decode_image(
+            self._read(uri),
+            fit_height=fit_height,
+            fit_width=fit_width,
+            max_pixels=self._max_pixels,
+            allow_truncated=self._allow_truncated,
+        )
 
     def _tile(self, positions: Sequence[int], rng: np.random.Generator) -> Sample:
         """Four images around a random centre, on the canvas of the first."""
@@ -361,4 +390,5 @@ def collate_samples(samples: Sequence[Sample]) -> Batch:
         is_valid=is_valid,
         is_crowd=is_crowd,
         image_ids=tuple(sample.image_id for sample in samples),
+        cost=sum((sample.cost for sample in samples), InputCost()),
     )

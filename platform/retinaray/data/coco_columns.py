@@ -17,13 +17,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from retinaray.data.annotation_formats import (
+    is_json_lines,
+    list_keys,
+    name_foreign_content,
+    name_foreign_document,
+)
 from retinaray.data.coco_ids import positions_of
 from retinaray.errors import DatasetError
 
 Entry = dict[str, Any]
 
 _LISTS = ("images", "annotations", "categories")
-_GZIP_MAGIC = b"\x1f\x8b"
+_KINDS: dict[type, str] = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+}
 _CROWD_SPELLINGS: dict[object, bool] = {"0": False, "1": True, 0.0: False, 1.0: True}
 
 
@@ -120,24 +133,35 @@ def read_coco_tables(
     try:
         data = Path(annotations).read_bytes()
     except (OSError, ValueError) as error:
-        raise DatasetError(f"{name}: cannot read the annotation file ({error})") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DatasetError(f"{name}: cannot read the annotation file ({reason})") from error
     return tables_of(_parse_json(data, name), name)
 
 
 def _parse_json(data: bytes, name: str) -> object:
-    if data.startswith(_GZIP_MAGIC):
-        raise DatasetError(f"{name}: expected COCO JSON, found gzip; unpack it first (gunzip)")
+    expected = f"{name}: expected COCO JSON"
     if not data.strip():
-        raise DatasetError(f"{name}: expected COCO JSON, found an empty file")
+        raise DatasetError(f"{expected}, found an empty file")
     try:
         return json.loads(data)
-    except json.JSONDecodeError as error:
-        # A string cut in two is reported at its start, so the position alone does not tell.
-        cut_short = error.msg.startswith("Unterminated") or not error.doc[error.pos :].strip()
-        hint = "; it ends in the middle: copy it again" if cut_short else ""
-        raise DatasetError(f"{name}: expected COCO JSON, cannot parse it: {error}{hint}") from error
     except (ValueError, RecursionError) as error:
-        raise DatasetError(f"{name}: expected COCO JSON, cannot parse it: {error}") from error
+        if is_json_lines(data):
+            raise DatasetError(
+                f"{expected}, found JSON Lines, an object per line; write one object with the "
+                f"lists {', '.join(_LISTS)}"
+            ) from error
+        found = name_foreign_content(data, name)
+        if found:
+            raise DatasetError(f"{expected}, found {found}") from error
+        hint = "; it ends in the middle: copy it again" if _is_cut_short(error) else ""
+        raise DatasetError(f"{expected}, cannot parse it: {error}{hint}") from error
+
+
+def _is_cut_short(error: Exception) -> bool:
+    if not isinstance(error, json.JSONDecodeError):
+        return False
+    # A string cut in two is reported at its start, so the position alone does not tell.
+    return error.msg.startswith("Unterminated") or not error.doc[error.pos :].strip()
 
 
 def tables_of(document: object, source: str) -> CocoTables:
@@ -146,18 +170,19 @@ def tables_of(document: object, source: str) -> CocoTables:
     Raises:
         DatasetError: Naming every list that is missing or holds something else.
     """
+    known = name_foreign_document(document, source)
+    hint = f" ({known})" if known else ""
     if not isinstance(document, dict):
-        results = isinstance(document, list) and document and isinstance(document[0], dict)
-        hint = " (a COCO results file is no data set)" if results else ""
         raise DatasetError(
             f"{source}: not COCO: expected an object with {', '.join(_LISTS)}, "
-            f"found a {type(document).__name__}{hint}"
+            f"found {_name_kind(document)}{hint}"
         )
     problems = [
         problem for key in _LISTS if (problem := _table_problem(key, document.get(key))) is not None
     ]
     if problems:
-        raise DatasetError(f"{source}: not COCO: {'; '.join(problems)}")
+        found = "" if set(_LISTS) <= document.keys() else f"; found {list_keys(document)}"
+        raise DatasetError(f"{source}: not COCO: {'; '.join(problems)}{found}{hint}")
     images, annotations, categories = (document[key] for key in _LISTS)
     return CocoTables(document, images, annotations, categories, source)
 
@@ -166,11 +191,16 @@ def _table_problem(key: str, value: object) -> str | None:
     if value is None:
         return f"`{key}` is missing"
     if not isinstance(value, list):
-        return f"`{key}` is a {type(value).__name__}, expected a list"
+        return f"`{key}` is {_name_kind(value)}, expected a list"
     for index, entry in enumerate(value):
         if type(entry) is not dict:
-            return f"{key}[{index}] is a {type(entry).__name__}, expected an object"
+            return f"{key}[{index}] is {_name_kind(entry)}, expected an object"
     return None
+
+
+def _name_kind(value: object) -> str:
+    """A JSON value's type in JSON's words, with its article."""
+    return _KINDS.get(type(value), "null")
 
 
 def column(entries: Sequence[Entry], key: str) -> list[Any]:

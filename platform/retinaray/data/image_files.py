@@ -5,7 +5,7 @@ Only headers are read, in threads, and only from local folders.
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from retinaray.data.coco_columns import (
 from retinaray.data.faults import Fault, image_label, make_fault
 from retinaray.data.image_paths import file_name_problem, resolve_image_uri
 from retinaray.errors import DatasetError, ImageError
+from retinaray.path_hints import hint_at_image, hint_at_missing
 
 HEAD_BYTES = 64 * 1024
 _MOST_BYTES = 1 << 30
@@ -54,7 +55,7 @@ class FileHeader:
         height: Of the upright image, px; 0 if not READ.
         width: Likewise.
         is_turned: Whether EXIF exchanges the sides: a tool that ignores it sees width x height.
-        problem: Why the file is UNREADABLE.
+        problem: Why the file is UNREADABLE; of the first that is MISSING where it may be.
     """
 
     state: FileState
@@ -79,12 +80,29 @@ def read_headers(
     if "://" in images_root:
         raise DatasetError(f"expected a local image folder, got {images_root}; copy it, or skip it")
     if not Path(images_root).is_dir():
-        raise DatasetError(f"the image folder {images_root} does not exist, or is no folder")
+        hint = hint_at_missing(Path(images_root))
+        raise DatasetError(
+            f"the image folder {images_root} does not exist, or is no folder"
+            + (f"; {hint}" if hint else "")
+        )
     names = [entry.get("file_name") for entry in images]
     tasks = [names[i : i + _FILES_PER_TASK] for i in range(0, len(names), _FILES_PER_TASK)]
     with ThreadPoolExecutor(num_threads) as pool:
         groups = pool.map(partial(_read_some, images_root), tasks)
-        return [header for group in groups for header in group]
+        headers = [header for group in groups for header in group]
+    return _explain_first_missing(headers, names, Path(images_root))
+
+
+def _explain_first_missing(
+    headers: list[FileHeader], names: Sequence[object], root: Path
+) -> list[FileHeader]:
+    """The headers, of which the first that is missing says where its file may be instead."""
+    for index, header in enumerate(headers):
+        if header.state is FileState.MISSING:
+            hint = hint_at_image(root, str(names[index]))
+            headers[index] = replace(header, problem=hint)
+            break
+    return headers
 
 
 def _read_some(images_root: str, names: Sequence[object]) -> list[FileHeader]:
@@ -199,6 +217,10 @@ def file_faults(
     def at_state(wanted: FileState) -> list[int]:
         return [index for index, state in enumerate(states) if state is wanted]
 
+    def missing(index: int) -> str:
+        problem = headers[index].problem
+        return f"{label(index)}: {problem}" if problem else label(index)
+
     def sizes(index: int) -> str:
         entry, header = tables.images[index], headers[index]
         return (
@@ -207,7 +229,7 @@ def file_faults(
         )
 
     faults = [
-        *fault("missing_file", at_state(FileState.MISSING), label),
+        *fault("missing_file", at_state(FileState.MISSING), missing),
         *fault(
             "unreadable_file",
             at_state(FileState.UNREADABLE),

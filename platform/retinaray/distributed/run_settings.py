@@ -11,6 +11,9 @@ from retinaray.config.nodes import ClusterConfig
 # Free in every run; as a whole too, because older records do not have them.
 CLUSTER_SETTINGS = ("cluster", *(f"cluster.{name}" for name in ClusterConfig.model_fields))
 
+# Where training images are kept on their way changes no batch; older records do not have it.
+CACHE_SETTINGS = ("data.cache", "data.cache_gb", "data.cache_decoded", "data.cache_recheck_s")
+
 
 def compare_settings(
     old: Mapping[str, Any], new: Mapping[str, Any], *, free: Collection[str], path: str = ""

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from retinaray.assembly.coverage_check import check_coverage
+from retinaray.assembly.image_check import check_images
 from retinaray.assembly.job_plan_workers import ClusterSize, WorkerPlan, plan_training
 from retinaray.assembly.reading import absolute_uri
 from retinaray.assembly.tracking import check_tracking, make_experiment_run, make_loggers
@@ -114,6 +115,7 @@ def run_training(job: TrainJob) -> TrainOutcome:
     check_tracking(job.tracking)
     job = _resolve_storage(resolve_paths(job))
     inputs = read_inputs(job)
+    check_images(job, inputs)
     folder = Path(job.output).with_suffix("")
     folder = folder.with_name(folder.name + "_run")
     check_objective(job, inputs)

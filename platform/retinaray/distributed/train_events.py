@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 SKIPPED_FILE = "skipped_images.jsonl"
 _STARTED_AGAIN = "the command was started again"
+_LONGEST_REASON = 300
 _SHOWN = ("progress", "validation")
 
 
@@ -31,7 +32,12 @@ class FailureNotes(UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Post one failure."""
         del run_context
-        self._board.post.remote({"kind": "failure", "num_workers": len(worker_exceptions)})
+        lines = [str(error).strip().splitlines() for error in worker_exceptions.values()]
+        reasons = [entry[-1] for entry in lines if entry]
+        event = {"kind": "failure", "num_workers": len(worker_exceptions)}
+        self._board.post.remote(
+            {**event, "reason": reasons[0][:_LONGEST_REASON] if reasons else ""}
+        )
 
 
 class TrainEvents:
@@ -80,7 +86,7 @@ class TrainEvents:
             self._last_step, self._reported_s = int(event["step"]), self._clock()
             self._handle(event)
         elif kind == "failure":
-            self._note_failure(int(event["num_workers"]))
+            self._note_failure(int(event["num_workers"]), str(event.get("reason", "")))
         elif kind == "running":
             self._note_first_step(event)
         elif kind == "checkpoint":
@@ -90,12 +96,13 @@ class TrainEvents:
         elif kind == "skipped":
             self._keep_skipped(event)
 
-    def _note_failure(self, num_workers: int) -> None:
+    def _note_failure(self, num_workers: int, reason: str) -> None:
         self.is_running = False
         logger.warning(
-            "%d worker%s failed or lost: going back to the last checkpoint",
+            "%d worker%s failed or lost: going back to the last checkpoint%s",
             num_workers,
             "" if num_workers == 1 else "s",
+            f" ({reason})" if reason else "",
         )
         if self._lost_s is None:
             self._lost_s = self._clock()

@@ -14,7 +14,11 @@ from retinaray.assembly.reading import make_reader
 from retinaray.config.loading import to_dict
 from retinaray.config.schema import TrainJob
 from retinaray.config.training_schema import TrackingConfig
-from retinaray.distributed.run_settings import CLUSTER_SETTINGS, compare_settings
+from retinaray.distributed.run_settings import (
+    CACHE_SETTINGS,
+    CLUSTER_SETTINGS,
+    compare_settings,
+)
 from retinaray.distributed.run_store import RunStore
 from retinaray.errors import ConfigError
 from retinaray.storage import Storage
@@ -32,6 +36,7 @@ FREE_SETTINGS = (
     "run.log_every",
     "run.strict_anchors",
     "data.loader_processes",
+    *CACHE_SETTINGS,
     "reading.threads",
     # As a whole, because the records of older runs do not have it.
     "tracking",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -44,6 +45,8 @@ from retinaray.training.state import TrainingState
 
 logger = logging.getLogger(__name__)
 
+_INPUT_FIGURES = ("wait_share", "step_images_per_s", "loader_images_per_s", "core_images_per_s")
+
 
 def train_worker(config: dict[str, Any]) -> LoopEnd:
     """Train as one of the workers of a run; entered by Ray in a process of its own.
@@ -65,6 +68,8 @@ def train_worker(config: dict[str, Any]) -> LoopEnd:
     if device.type == "cuda":
         # What is sent between workers goes through the present device of each.
         torch.cuda.set_device(device)
+        # Every step has the same shapes: trying all kernels once pays.
+        torch.backends.cudnn.benchmark = True
     start_worker_log(config["log"], run_id=config["run_id"], rank=rank)
     _report_to_janitor(config)
     store: RunStore = config["store"]
@@ -166,7 +171,7 @@ def _run(
         if progress.skipped_image_ids:
             image_ids = list(progress.skipped_image_ids)
             board.post.remote({"kind": "skipped", "step": progress.step, "image_ids": image_ids})
-        shared = _average_losses(progress, device, world_size)
+        shared = _share_progress(progress, device, world_size)
         metrics.count_progress(shared)
         if rank == 0:
             values = {k: v for k, v in asdict(shared).items() if k != "skipped_image_ids"}
@@ -239,14 +244,30 @@ def _report_to_janitor(config: dict[str, Any]) -> None:
         ray.get(config["janitor"].watch.remote(group, config["board"]))
 
 
-def _average_losses(progress: Progress, device: torch.device, world_size: int) -> Progress:
-    """The report with the losses of the whole batch; all workers come here at the same steps."""
+def _share_progress(progress: Progress, device: torch.device, world_size: int) -> Progress:
+    """The report with the losses of the whole batch, and the input of the worker that waits most.
+
+    All workers come here at the same steps. Where one waits for its images, the others wait for it
+    in the exchange of gradients, which looks like work.
+    """
     if world_size == 1:
         return progress
-    losses = torch.tensor([progress.class_loss, progress.box_loss], device=device)
-    torch.distributed.all_reduce(losses)
-    class_loss, box_loss = (losses / world_size).tolist()
-    return replace(progress, class_loss=class_loss, box_loss=box_loss)
+    figures = [getattr(progress, name) for name in _INPUT_FIGURES]
+    own = torch.tensor(
+        [progress.class_loss, progress.box_loss, *(math.nan if f is None else f for f in figures)],
+        dtype=torch.float64,
+        device=device,
+    )
+    rows = [torch.empty_like(own) for _ in range(world_size)]
+    torch.distributed.all_gather(rows, own)
+    values = torch.stack(rows).tolist()
+    class_loss, box_loss = (sum(row[i] for row in values) / world_size for i in (0, 1))
+    worst = max(values, key=lambda row: float(row[2]))[2:]
+    shown: dict[str, Any] = {
+        name: None if math.isnan(figure) else figure
+        for name, figure in zip(_INPUT_FIGURES, worst, strict=True)
+    }
+    return replace(progress, class_loss=class_loss, box_loss=box_loss, **shown)
 
 
 def _wrap(model: RetinaNet, device: torch.device, world_size: int) -> nn.Module:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from retinaray.assembly.coverage_check import check_coverage
+from retinaray.assembly.image_check import check_images
 from retinaray.assembly.job_plan_training import count_trials
 from retinaray.assembly.job_plan_workers import SweepPlan, plan_sweep
 from retinaray.assembly.provenance import collect_versions
@@ -31,7 +32,11 @@ from retinaray.config.loading import load_from_dict, to_dict
 from retinaray.config.schema import TrainJob, TuneJob
 from retinaray.config.search_space import parse_space
 from retinaray.distributed.resources import connect
-from retinaray.distributed.run_settings import CLUSTER_SETTINGS, compare_settings
+from retinaray.distributed.run_settings import (
+    CACHE_SETTINGS,
+    CLUSTER_SETTINGS,
+    compare_settings,
+)
 from retinaray.errors import ConfigError
 from retinaray.log_format import describe_worker_log, log_fields
 from retinaray.storage import Storage, is_s3
@@ -47,6 +52,7 @@ _FREE_SETTINGS = (
     "run.max_failures",
     "run.strict_anchors",
     "data.loader_processes",
+    *CACHE_SETTINGS,
     "reading.threads",
     "sweep.rule",
     # As a whole, because the records of older sweeps do not have it.
@@ -112,6 +118,7 @@ def run_sweep(job: TuneJob) -> SweepOutcome:
     folder = Path(job.output).expanduser().resolve()
     base = _make_base(job, folder)
     inputs = read_inputs(base)
+    check_images(base, inputs)
     check_objective(base, inputs)
     check_coverage(base, inputs)
     record = _make_record(job, base)

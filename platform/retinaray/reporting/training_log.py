@@ -10,12 +10,15 @@ from types import TracebackType
 from typing import Any
 
 from retinaray.reporting.curves import draw_training_curves
+from retinaray.reporting.input_watch import InputWatch
 
 logger = logging.getLogger(__name__)
 
 
 class TrainingLog:
     """Writes every report of a training into its run folder; appends when the training is resumed.
+
+    Warns once when the reports say that the training waits for its images.
 
     Args:
         folder: Run folder; made when absent.
@@ -31,6 +34,7 @@ class TrainingLog:
             # A process that was killed while it wrote leaves half a line: the next one is whole.
             self._lines.write("\n")
         self._events = SummaryWriter(str(folder / "tensorboard"))
+        self._input_watch = InputWatch()
 
     def __enter__(self) -> TrainingLog:
         return self
@@ -50,6 +54,9 @@ class TrainingLog:
         for name, value in event.items():
             if name not in ("kind", "step") and isinstance(value, int | float):
                 self._events.add_scalar(f"{event['kind']}/{name}", value, event["step"])
+        advice = self._input_watch.judge(event) if event["kind"] == "progress" else None
+        if advice is not None:
+            logger.warning("%s", advice)
 
     def close(self) -> None:
         """Finish the files and draw the curves."""

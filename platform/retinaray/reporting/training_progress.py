@@ -3,33 +3,50 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
+
+from retinaray.terminal import find_console
 
 logger = logging.getLogger(__name__)
 
 
 class TrainingView:
-    """Shows progress and validations of a training on standard error."""
+    """Shows progress and validations of a training on standard error.
 
-    def __init__(self) -> None:
-        self._console = Console(stderr=True)
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
+    On a terminal a bar that is redrawn in place, with the figures below it; elsewhere, with --quiet
+    and where the log is JSON, a line of the log per report.
+
+    Args:
+        console: Where to draw; none = where the log is drawn.
+    """
+
+    def __init__(self, *, console: Console | None = None) -> None:
+        self._console = console or find_console()
+        self._bar = Progress(
+            TextColumn("steps"), BarColumn(), MofNCompleteColumn(), console=self._console
+        )
+        self._task = self._bar.add_task("", total=None)
+        self._live: Live | None = None
 
     def __enter__(self) -> TrainingView:
-        if self._console.is_terminal:
-            self._bar = Progress(
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.description}"),
+        # A terminal that cannot move its cursor would get nothing until the end.
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            text = Text("starting: no step is reported yet")
+            self._live = Live(
+                Group(self._bar, text),
                 console=self._console,
+                # What goes to a file must not end on the screen.
+                redirect_stdout=sys.stdout.isatty(),
             )
-            self._bar.start()
+            self._live.start(refresh=True)
         return self
 
     def __exit__(
@@ -38,23 +55,20 @@ class TrainingView:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        if self._live is not None:
+            self._live.stop()
 
     def show(self, event: Mapping[str, Any]) -> None:
         """Show one event of a training; see `TrainingLog.write`."""
         if event["kind"] == "validation":
             logger.info("%s", describe_validation(event))
-        elif self._bar is None:
+        elif self._live is None:
             logger.info(
                 "step %d/%d  %s", event["step"], event["total_steps"], describe_progress(event)
             )
         else:
-            if self._task is None:
-                self._task = self._bar.add_task("", total=event["total_steps"])
-            self._bar.update(
-                self._task, completed=event["step"], description=describe_progress(event)
-            )
+            self._bar.update(self._task, completed=event["step"], total=event["total_steps"])
+            self._live.update(Group(self._bar, Text(describe_progress(event))))
 
 
 def describe_progress(event: Mapping[str, Any]) -> str:
@@ -65,11 +79,19 @@ def describe_progress(event: Mapping[str, Any]) -> str:
         f"lr {event['learning_rate']:.1e}  {event['images_per_s']:.1f} img/s  "
         f"ETA {format_duration(event['eta_s'])}"
     )
-    if event["wait_share"] > 0.2:
-        text += f"  (waiting for images {event['wait_share']:.0%})"
+    if event["wait_share"] > 0.1:
+        text += f"  (waiting for images {event['wait_share']:.0%}{_describe_input(event)})"
     if event["num_skipped"]:
         text += f"  ({event['num_skipped']} steps without a finite gradient)"
     return text
+
+
+def _describe_input(event: Mapping[str, Any]) -> str:
+    """What the loaders of a worker give, beside what its steps could take; empty if unknown."""
+    gives, takes = event.get("loader_images_per_s"), event.get("step_images_per_s")
+    if gives is None or takes is None:
+        return ""
+    return f", {gives * max(1, event['num_loaders']):.1f} of {takes:.1f} img/s are made"
 
 
 def describe_validation(event: Mapping[str, Any]) -> str:

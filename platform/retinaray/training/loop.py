@@ -146,7 +146,7 @@ def run_loop(
     state.model.train()
     device = next(state.model.parameters()).device
     for batch in batches:
-        window.note_arrival()
+        window.note_arrival(batch.cost)
         moved = batch.to(device)
         rate = settings.schedule.rate_at(state.step)
         result = step.take(

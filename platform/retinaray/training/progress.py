@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from retinaray.data.input_cost import InputCost
 from retinaray.training.step import StepResult
 
 
@@ -29,9 +30,16 @@ class Progress:
         num_foreground: Foreground anchors per image.
         num_skipped: Steps without a finite gradient, since the last report.
         images_per_s: Over all workers.
-        wait_share: Part of the time that was spent waiting for images, in [0, 1].
+        wait_share: Part of the time that this worker spent waiting for images, in [0, 1].
         eta_s: Expected seconds to the end.
         skipped_image_ids: Images of the skipped steps, of this worker alone, in order.
+        step_images_per_s: What this worker's steps would take if they never waited for images; none
+            if they did nothing else.
+        loader_images_per_s: What one process that reads, decodes and augments gives this worker
+            while it is at it; none = not measured.
+        core_images_per_s: What one core would give that only decodes and augments; none = not
+            measured.
+        num_loaders: Processes that give this worker its images; 0 = itself.
     """
 
     step: int
@@ -47,6 +55,10 @@ class Progress:
     wait_share: float
     eta_s: float
     skipped_image_ids: tuple[int | str, ...] = ()
+    step_images_per_s: float | None = None
+    loader_images_per_s: float | None = None
+    core_images_per_s: float | None = None
+    num_loaders: int = 0
 
 
 class ProgressWindow:
@@ -66,9 +78,15 @@ class ProgressWindow:
         self._world_size = world_size
         self._clear()
 
-    def note_arrival(self) -> None:
-        """The images of the next step are there."""
+    def note_arrival(self, cost: InputCost | None = None) -> None:
+        """The images of the next step are there.
+
+        Args:
+            cost: What it took to make them; none = not measured.
+        """
         self._waited_s += time.perf_counter() - self._last
+        if cost is not None:
+            self._cost += cost
 
     def add(self, result: StepResult, image_ids: tuple[int | str, ...]) -> None:
         """Take in a step and the images that this worker saw in it."""
@@ -93,6 +111,8 @@ class ProgressWindow:
         taken = is_finite.tolist()
         skipped = [ids for ids, was in zip(self._image_ids, taken, strict=True) if not was]
         elapsed_s = max(1e-9, time.perf_counter() - self._start)
+        busy_s = elapsed_s - self._waited_s
+        own_images = count * self._batch / self._world_size
         progress = Progress(
             step=step,
             total_steps=self._total_steps,
@@ -107,6 +127,10 @@ class ProgressWindow:
             wait_share=min(1.0, self._waited_s / elapsed_s),
             eta_s=(self._total_steps - step) * elapsed_s / count,
             skipped_image_ids=tuple(image_id for ids in skipped for image_id in ids),
+            step_images_per_s=own_images / busy_s if busy_s > 0 else None,
+            loader_images_per_s=self._cost.images_per_s,
+            core_images_per_s=self._cost.images_per_core_s,
+            num_loaders=self._cost.num_processes,
         )
         self._clear()
         return progress
@@ -116,3 +140,4 @@ class ProgressWindow:
         self._image_ids: list[tuple[int | str, ...]] = []
         self._start = self._last = time.perf_counter()
         self._waited_s = 0.0
+        self._cost = InputCost()

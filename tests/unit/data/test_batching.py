@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from retinaray.data import input_cost
 from retinaray.data.augmentation import AugmentSettings
 from retinaray.data.batching import (
     Batch,
@@ -24,6 +25,7 @@ from retinaray.data.batching import (
     collate_samples,
 )
 from retinaray.data.coco import CocoDataset, load_coco
+from retinaray.data.input_cost import InputCost
 from retinaray.data.transforms import letterbox
 from retinaray.errors import DatasetError, StorageError
 
@@ -203,7 +205,8 @@ def test_dataset_gives_the_plain_letterbox_by_default(coco: CocoDataset) -> None
 
 def assert_same_sample(one: Sample, other: Sample) -> None:
     for field in fields(Sample):
-        np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name))
+        if field.name != "cost":
+            np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name))
 
 
 def test_dataset_depends_on_seed_epoch_and_position_alone(coco: CocoDataset) -> None:
@@ -356,9 +359,24 @@ def test_collate_samples_keeps_one_empty_row_when_there_are_no_boxes(coco: CocoD
 
 def test_batch_to_moves_every_tensor(coco: CocoDataset) -> None:
     batch = collate_samples([dataset_of(coco)[0, 0]]).to(torch.device("meta"))
-    tensors = [getattr(batch, field.name) for field in fields(Batch) if field.name != "image_ids"]
+    plain = ("image_ids", "cost")
+    tensors = [getattr(batch, field.name) for field in fields(Batch) if field.name not in plain]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert batch.image_ids == (100,)
+    assert batch.cost.num_images == 1
+
+
+def test_dataset_measures_what_a_sample_costs(
+    coco: CocoDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walls, processors = iter([10.0, 10.5, 20.0, 20.25]), iter([1.0, 1.125, 2.0, 2.0625])
+    monkeypatch.setattr(input_cost.time, "perf_counter", lambda: next(walls))
+    monkeypatch.setattr(input_cost.time, "thread_time", lambda: next(processors))
+    dataset = dataset_of(coco, augment=AugmentSettings(mosaic=1.0))
+    batch = collate_samples([dataset[0, 0], dataset[0, 1]])
+    # 0.5 + 0.25 s by the clock, 0.125 + 0.0625 s of the processor; four files each are one image.
+    assert batch.cost == InputCost(num_images=2, wall_s=0.75, cpu_s=0.1875, num_processes=0)
+    assert batch.split(2)[0].cost == InputCost()
 
 
 @pytest.mark.parametrize(
