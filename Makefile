@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TEST_PROCESSES ?= 2
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test test-all check unit format benchmark rehearsal clean
+.PHONY: help install demo test test-all check unit format docs benchmark rehearsal clean
 
 help:
 	@echo "make demo [DATA=folder]  train, export, infer over S3 and evaluate, with embedded data"
@@ -16,6 +16,7 @@ help:
 	@echo "make check               formatting, lint, types, unit and architecture tests"
 	@echo "make install             create $(VENV) from requirements.lock"
 	@echo "make format              format the code"
+	@echo "make docs                build the documentation as a site in build/site"
 	@echo "make rehearsal           a cluster of several nodes on this machine, and what it survives"
 	@echo "make benchmark           run tests/benchmarks and print the tables"
 	@echo "make clean               remove $(VENV) and everything that commands have made here"
@@ -54,6 +55,9 @@ unit: install
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: install
+	$(BIN)/python -m mkdocs build --strict
 
 benchmark: install
 	$(BIN)/python tests/benchmarks/run.py $(ARGS)

@@ -8,47 +8,54 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import logging
+import json
 import os
 import sys
-import traceback
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from retinaray import __version__
-from retinaray.errors import (
-    CheckpointError,
-    ConfigError,
-    DatasetError,
-    ImageError,
-    MissingFileError,
-    RetinarayError,
+from retinaray.endings import (
+    EXIT_CODES,
+    NOTHING_TO_RUN,
+    Ending,
+    StopNote,
+    judge_error,
+    note_signals,
 )
+from retinaray.errors import ConfigError
+from retinaray.terminal import configure_logging, line_width, write_to
 
 if TYPE_CHECKING:
-    from retinaray.config.loading import Request, Verbosity
+    from retinaray.config.loading import Request
     from retinaray.config.nodes import Job
     from retinaray.log_format import LogFormat
 
-INTERRUPTED = 130
-EXIT_CODES = """\
-exit codes:
-  0    done
-  1    the job failed (cluster, storage, export, runtime), or doctor or plan found faults
-  2    nothing to run: wrong settings, or an input that cannot be read
-  130  stopped by Ctrl-C
-  143  stopped by SIGTERM
+__all__ = ["EXIT_CODES", "VERBS", "Outcome", "Verb", "configure_logging", "main", "run_verb"]
 
-The last line of stdout is one JSON object; everything else goes to stderr.
---log-format json (or RETINARAY_LOG_FORMAT=json) makes each line of stderr a JSON object, too."""
-
-_USERS_INPUT = (ConfigError, DatasetError, CheckpointError, ImageError, MissingFileError)
-_HANDLER_NAME = "retinaray-cli"
 _LOG_FORMAT = "--log-format"
-
-logger = logging.getLogger(__name__)
+_JSON = "--json"
+_HELP = ("-h", "--help", "help")
+_VERSION = ("--version", "-V", "version")
+COMPLETION = "completion"
+# What people type who come from other tools.
+_OTHER_NAMES: Mapping[str, str] = {
+    **dict.fromkeys(("predict", "detect", "inference", "run"), "infer"),
+    **dict.fromkeys(("val", "validate", "test", "score"), "evaluate"),
+    **dict.fromkeys(("search", "sweep", "hpo"), "tune"),
+    **dict.fromkeys(("check", "lint", "verify"), "doctor"),
+    **dict.fromkeys(("fit", "finetune", "fine-tune"), "train"),
+    **dict.fromkeys(("import", "migrate"), "import-odtk"),
+    **dict.fromkeys(("deploy", "deepstream", "triton"), "bundle"),
+}
+_FIRST_STEPS = """\
+to begin:
+  retinaray demo                                  the whole way on data of its own
+  retinaray doctor --annotations train.json       is a data set of yours sound?
+  retinaray train --help                          examples, and every setting"""
 
 
 class Outcome(Protocol):
@@ -169,17 +176,50 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code, as listed in `EXIT_CODES`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    first, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
-    if first in VERBS:
-        return run_verb(first, rest)
-    if first in ("-h", "--help", "help"):
-        _print(_format_overview())
+    if arguments and arguments[0] in VERBS:
+        return run_verb(arguments[0], arguments[1:])
+    is_json = _JSON in arguments
+    words = [word for word in arguments if word != _JSON]
+    if not words and not is_json:
+        write_to(sys.stderr, _format_overview())
+        return NOTHING_TO_RUN
+    first, rest = (words[0], words[1:]) if words else ("", [])
+    if first in _HELP:
+        return _print_help(rest, is_json=is_json)
+    if first in _VERSION:
+        values = {"version": __version__}
+        write_to(sys.stdout, f"{json.dumps(values) if is_json else f'retinaray {__version__}'}\n")
         return 0
-    if first == "--version":
-        _print(f"retinaray {__version__}\n")
-        return 0
-    _complain(ConfigError(_describe_no_verb(first)), "retinaray --help", verbosity="normal")
-    return 2
+    if first == COMPLETION:
+        return _print_completion(rest[0] if rest else "", is_json=is_json)
+    return _refuse(ConfigError(_describe_no_verb(first, rest)), is_json=is_json)
+
+
+def _refuse(error: ConfigError, *, is_json: bool) -> int:
+    """Say what is wrong with a line that has no command."""
+    fault = judge_error(error)
+    assert fault is not None
+    return Ending("", "retinaray --help", is_json=is_json).tell(fault, error)
+
+
+def _print_help(words: Sequence[str], *, is_json: bool) -> int:
+    """What there is, or the help of a command."""
+    if words and words[0] in VERBS:
+        return run_verb(words[0], ["--help", *([_JSON] if is_json else [])])
+    write_to(sys.stdout, _list_commands() if is_json else _format_overview())
+    return 0
+
+
+def _print_completion(shell: str, *, is_json: bool) -> int:
+    """The script that completes commands and options in a shell."""
+    jobs = {name: _import(verb.job) for name, verb in VERBS.items()}
+    summaries = {name: verb.help for name, verb in VERBS.items()}
+    try:
+        text = _import("retinaray.config.completion:format_completion")(shell, jobs, summaries)
+    except ConfigError as error:
+        return _refuse(error, is_json=is_json)
+    write_to(sys.stdout, text)
+    return 0
 
 
 def run_verb(verb: str, argv: Sequence[str]) -> int:
@@ -190,74 +230,48 @@ def run_verb(verb: str, argv: Sequence[str]) -> int:
         argv: Arguments after the verb.
 
     Returns:
-        Exit code, as listed in `EXIT_CODES`. An exception that is no `RetinarayError` is a defect
-        and leaves with its traceback.
+        Exit code, as listed in `EXIT_CODES`. An exception that is no fault of the user's or the
+        machine's is a defect and leaves with its traceback.
     """
-    verbosity: Verbosity = "normal"
-    log_format: LogFormat = "text"
-    hint = f"retinaray {verb} --help"
+    options = argv[: argv.index("--")] if "--" in argv else argv
+    ending = Ending(verb, f"retinaray {verb} --help", is_json=_JSON in options)
+    note = StopNote()
     try:
-        log_format, rest = _take_log_format(argv)
-        request = _read_request(verb, rest)
-        verbosity = request.verbosity
-        if request.job is None:
-            _print(request.printout)
-            return 0
-        _import("retinaray.config.upload_folder:check_output_stays")(request.job, Path.cwd())
-        configure_logging(verbosity, log_format, verb=verb)
-        outcome = _run(verb, request.job)
-    except RetinarayError as error:
-        if log_format == "json":
-            _log_last(verb, str(error), error)
-        else:
-            _complain(error, hint, verbosity=verbosity)
-        return 2 if isinstance(error, _USERS_INPUT) else 1
-    except KeyboardInterrupt as error:
-        if log_format == "json":
-            _log_last(verb, "stopped by Ctrl-C", error)
-        else:
-            sys.stderr.write("stopped by Ctrl-C\n")
-        return INTERRUPTED
-    if request.is_table_wanted and log_format == "text":
-        sys.stderr.write(f"{outcome.to_text().rstrip()}\n")
-        sys.stderr.flush()
-    _print(f"{outcome.to_json()}\n")
+        with note_signals(ending) as note:
+            return _run_to_end(verb, argv, ending, note)
+    except BaseException as error:
+        fault = judge_error(error, stopped_by=note.number)
+        if fault is None:
+            ending.tell_defect(error)
+            raise
+        return ending.tell(fault, error)
+
+
+def _run_to_end(verb: str, argv: Sequence[str], ending: Ending, note: StopNote) -> int:
+    """Read the settings, run the job, write its result; `ending` learns how to tell of a fault."""
+    ending.log_format, rest = _take_log_format(argv)
+    request = _read_request(verb, rest)
+    ending.verbosity = request.verbosity
+    if request.job is None:
+        write_to(sys.stdout, request.printout)
+        return 0
+    _import("retinaray.config.upload_folder:check_output_stays")(request.job, Path.cwd())
+    configure_logging(request.verbosity, ending.log_format, verb=verb)
+    note.is_importing = True
+    runner = _import(VERBS[verb].runner)
+    note.is_importing = False
+    outcome: Outcome = runner(request.job)
+    if request.is_table_wanted and ending.log_format == "text":
+        write_to(sys.stderr, f"{outcome.to_text().rstrip()}\n")
+    write_to(sys.stdout, f"{_make_strict(outcome.to_json())}\n")
     return outcome.exit_code
 
 
-def configure_logging(
-    verbosity: Verbosity, log_format: LogFormat = "text", *, verb: str = ""
-) -> None:
-    """Send the log to stderr: with colours on a terminal, as plain lines elsewhere, or as JSON.
-
-    Args:
-        verbosity: "quiet" shows warnings and errors, "normal" also retinaray's information,
-            "verbose" also its debugging lines. Other packages log warnings and errors only.
-        log_format: "json" writes one object per line, on a terminal too, also for what Python's
-            `warnings` says.
-        verb: The command, for the JSON lines.
-    """
-    handler: logging.Handler
-    if log_format == "json":
-        from retinaray.log_format import make_json_handler
-
-        handler = make_json_handler({"verb": verb})
-        logging.captureWarnings(True)
-    elif sys.stderr.isatty():
-        from rich.console import Console
-        from rich.logging import RichHandler
-
-        handler = RichHandler(console=Console(stderr=True), show_path=False)
-    else:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    handler.set_name(_HANDLER_NAME)
-    root = logging.getLogger()
-    for earlier in [entry for entry in root.handlers if entry.get_name() == _HANDLER_NAME]:
-        root.removeHandler(earlier)
-    root.addHandler(handler)
-    levels = {"quiet": logging.WARNING, "normal": logging.INFO, "verbose": logging.DEBUG}
-    logging.getLogger("retinaray").setLevel(levels[verbosity])
+def _make_strict(text: str) -> str:
+    """JSON as every reader takes it: Python's NaN and Infinity, which JSON lacks, become null."""
+    if "NaN" not in text and "Infinity" not in text:
+        return text
+    return json.dumps(json.loads(text, parse_constant=lambda _: None))
 
 
 def _take_log_format(argv: Sequence[str]) -> tuple[LogFormat, list[str]]:
@@ -284,27 +298,11 @@ def _take_log_format(argv: Sequence[str]) -> tuple[LogFormat, list[str]]:
     raise ConfigError(f"{source}={chosen}: expected one of {', '.join(FORMATS)}")
 
 
-def _log_last(verb: str, text: str, error: BaseException) -> None:
-    """Say in a JSON line why the command ends; with the traceback where debugging is logged."""
-    from retinaray.log_format import describe_worker_log
-
-    # A wrong setting ends the command before its log is set up.
-    if describe_worker_log() is None:
-        configure_logging("normal", "json", verb=verb)
-    is_debugged = logger.isEnabledFor(logging.DEBUG)
-    logger.error("%s", text, exc_info=error if is_debugged else None)
-
-
 def _read_request(verb: str, argv: Sequence[str]) -> Request[Job]:
     from retinaray.config.loading import read_request
 
     job_class: type[Job] = _import(VERBS[verb].job)
     return read_request(job_class, argv, epilog=EXIT_CODES)
-
-
-def _run(verb: str, job: Job) -> Outcome:
-    outcome: Outcome = _import(VERBS[verb].runner)(job)
-    return outcome
 
 
 def _import(path: str) -> Any:
@@ -313,8 +311,19 @@ def _import(path: str) -> Any:
 
 
 def _format_overview() -> str:
-    width = max(map(len, VERBS))
-    lines = [f"  {name:<{width}}  {verb.help}" for name, verb in VERBS.items()]
+    margin = max(map(len, VERBS)) + 4
+    # Not wider than what is shown elsewhere, such as in a pipe.
+    width = max(line_width(sys.stdout) or 100, margin + 20)
+    lines = [
+        textwrap.fill(
+            verb.help,
+            width,
+            initial_indent=f"  {name}".ljust(margin),
+            subsequent_indent=" " * margin,
+            break_on_hyphens=False,
+        )
+        for name, verb in VERBS.items()
+    ]
     return "\n".join(
         [
             f"retinaray {__version__}: RetinaNet detectors on Ray",
@@ -322,9 +331,12 @@ def _format_overview() -> str:
             "usage: retinaray COMMAND [arguments]",
             "       retinaray COMMAND --help",
             "       retinaray --version",
+            "       retinaray completion bash|zsh|fish    (source its output)",
             "",
             "commands:",
             *lines,
+            "",
+            _FIRST_STEPS,
             "",
             EXIT_CODES,
             "",
@@ -332,34 +344,23 @@ def _format_overview() -> str:
     )
 
 
-def _describe_no_verb(word: str) -> str:
+def _list_commands() -> str:
+    commands = {name: verb.help for name, verb in VERBS.items()}
+    return json.dumps({"version": __version__, "commands": commands}) + "\n"
+
+
+def _describe_no_verb(word: str, rest: Sequence[str]) -> str:
     names = ", ".join(VERBS)
     if not word:
         return f"no command came; expected one of {names}"
     if word == "--master":
         return "--master: not needed, Ray connects the workers; set RAY_ADDRESS for a cluster"
-    nearest = difflib.get_close_matches(word, VERBS, n=1)
-    hint = f"; nearest: {nearest[0]}" if nearest else ""
+    if word.startswith("-"):
+        nearest = difflib.get_close_matches(word, ("--help", "--version"), n=1)
+        behind = next((verb for verb in rest if verb in VERBS), "COMMAND")
+        hint = f"nearest: {nearest[0]}" if nearest else f"write retinaray {behind} {word} ..."
+        return f"{word}: options stand behind the command; {hint}"
+    nearest = difflib.get_close_matches(word.lower(), VERBS, n=1)
+    meant = _OTHER_NAMES.get(word.lower()) or (nearest[0] if nearest else "")
+    hint = f"; nearest: {meant}" if meant else ""
     return f"{word}: no such command; expected one of {names}{hint}"
-
-
-def _complain(error: RetinarayError, hint: str, *, verbosity: Verbosity) -> None:
-    if verbosity == "verbose":
-        traceback.print_exception(error, file=sys.stderr)
-    text = str(error)
-    if isinstance(error, ConfigError):
-        faults = text.splitlines()
-        if len(faults) > 1:
-            text = "\n  ".join([f"{len(faults)} settings are wrong:", *faults])
-        text += f"\nsee: {hint}"
-    sys.stderr.write(f"error: {text}\n")
-
-
-def _print(text: str) -> None:
-    """Write to stdout; a reader that has gone away, as `head` does, is no failure of the job."""
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes stdout once more at exit and would complain then.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

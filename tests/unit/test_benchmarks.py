@@ -195,9 +195,12 @@ def test_find_cases_gives_the_files_that_define_run(run: ModuleType, tmp_path: P
         "batch_scale",
         "decode",
         "doctor",
+        "gpu_training",
         "inference",
         "threshold_sweep",
+        "train_input",
         "train_step",
+        "weak_scaling",
     ]
 
 

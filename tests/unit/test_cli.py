@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from rich.logging import RichHandler
 
 from retinaray import __version__, cli, errors
 from retinaray.config.nodes import Job
@@ -25,9 +24,10 @@ TRAIN = ["train", "model.pth", "--annotations", "train.json"]
 @dataclass
 class FakeOutcome:
     exit_code: int = 0
+    values: dict[str, float] = field(default_factory=lambda: {"map": 0.5})
 
     def to_json(self) -> str:
-        return json.dumps({"map": 0.5})
+        return json.dumps(self.values)
 
     def to_text(self) -> str:
         return "mAP  0.500\n"
@@ -61,6 +61,31 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> FakeRunner:
     for name, verb in cli.VERBS.items():
         monkeypatch.setitem(cli.VERBS, name, cli.Verb(verb.job, "fake_runner:run", verb.help))
     return fake
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> dict[str, list[str]]:
+    """A valid command line of each verb."""
+    (tmp_path / "space.yaml").write_text("space:\n  run.batch: [4, 8]\n", encoding="utf-8")
+    truth = ["--annotations", "a.json"]
+    space = ["--val-annotations", "v.json", "--config", str(tmp_path / "space.yaml")]
+    return {
+        "train": ["model.pth", *truth],
+        "tune": ["sweep", *truth, *space],
+        "evaluate": ["model.pth", *truth],
+        "thresholds": ["model.pth", *truth],
+        "export": ["model.pth", "model.onnx"],
+        "parity": ["model.pth", "model.onnx", "--images", "photos"],
+        "bundle": ["model.pth", "handover", "--target", "jetpack6"],
+        "infer": ["model.onnx", "--images", "photos"],
+        "plan": ["--job", "job.yaml"],
+        "report": ["model_run"],
+        "anchors": truth,
+        "doctor": truth,
+        "convert": ["labels", "train.json", "--from", "voc"],
+        "import-odtk": ["old.pth", "new.pth"],
+        "demo": [],
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -111,14 +136,6 @@ def test_main_logs_plain_lines_on_stderr_when_it_is_no_terminal(
     assert "\x1b" not in text
 
 
-def test_configure_logging_uses_rich_when_stderr_is_a_terminal(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    cli.configure_logging("normal")
-    assert isinstance(logging.getLogger().handlers[-1], RichHandler)
-
-
 def test_configure_logging_replaces_its_handler_when_called_again() -> None:
     before = len(logging.getLogger().handlers)
     cli.configure_logging("normal")
@@ -127,18 +144,7 @@ def test_configure_logging_replaces_its_handler_when_called_again() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "code"),
-    [
-        (errors.ConfigError("bad"), 2),
-        (errors.DatasetError("bad"), 2),
-        (errors.CheckpointError("bad"), 2),
-        (errors.ImageError("bad"), 2),
-        (errors.ClusterError("bad"), 1),
-        (errors.StorageError("bad"), 1),
-        (errors.ExportError("bad"), 1),
-        (errors.InferenceError("bad"), 1),
-    ],
-    ids=lambda entry: type(entry).__name__ if isinstance(entry, Exception) else None,
+    ("error", "code"), [(errors.DatasetError("bad"), 2), (errors.ClusterError("bad"), 1)]
 )
 def test_main_shows_an_expected_error_as_one_message(
     runner: FakeRunner,
@@ -154,10 +160,56 @@ def test_main_shows_an_expected_error_as_one_message(
     assert printed.out == ""
 
 
-def test_exit_codes_cover_every_error_class() -> None:
-    tested = {"Config", "Dataset", "Checkpoint", "Image", "Cluster", "Storage", "Export"}
-    names = {f"{name}Error" for name in (*tested, "Inference")}
-    assert {cls.__name__ for cls in errors.RetinarayError.__subclasses__()} == names
+@pytest.mark.parametrize("verb", list(cli.VERBS))
+def test_main_answers_in_json_alone_whatever_happens(
+    runner: FakeRunner,
+    capsys: pytest.CaptureFixture[str],
+    minimal: dict[str, list[str]],
+    verb: str,
+) -> None:
+    def answer(*argv: str) -> tuple[int, dict[str, object]]:
+        code = cli.main([verb, *argv, "--json"])
+        printed = capsys.readouterr()
+        assert "mAP" not in printed.err
+        return code, json.loads(printed.out)
+
+    assert answer(*minimal[verb]) == (0, {"map": 0.5})
+    assert answer(*minimal[verb], "--print-config")[0] == 0
+    code, options = answer("--help")
+    assert code == 0
+    assert {"key", "flags", "expected", "default", "help"} <= set(options[0])  # type: ignore[index]
+    code, fault = answer(*minimal[verb], "--no-such-option")
+    assert (code, fault["exit_code"], fault["error"], fault["verb"]) == (2, 2, "ConfigError", verb)
+    runner.error = KeyboardInterrupt()
+    code, fault = answer(*minimal[verb])
+    assert (code, fault["error"], fault["message"]) == (130, "Interrupted", "stopped by Ctrl-C")
+
+
+def test_main_ends_with_143_when_a_runner_was_told_to_stop(
+    runner: FakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runner.error = SystemExit(143)
+    assert cli.main([*TRAIN, "--json"]) == 143
+    printed = capsys.readouterr()
+    assert printed.err.endswith("stopped by SIGTERM\n")
+    assert json.loads(printed.out)["error"] == "Terminated"
+
+
+def test_main_leaves_a_json_line_of_a_defect(
+    runner: FakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runner.error = ZeroDivisionError("a defect")
+    with pytest.raises(ZeroDivisionError, match="a defect"):
+        cli.main([*TRAIN, "--json"])
+    assert json.loads(capsys.readouterr().out)["message"] == "a defect"
+
+
+def test_main_writes_numbers_that_json_lacks_as_null(
+    runner: FakeRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runner.outcome = FakeOutcome(values={"loss": float("nan"), "best": float("inf"), "n": 3})
+    assert cli.main(TRAIN) == 0
+    assert capsys.readouterr().out == '{"loss": null, "best": null, "n": 3}\n'
 
 
 def test_main_shows_the_traceback_of_an_expected_error_when_verbose(
@@ -226,7 +278,8 @@ def test_main_lists_every_verb_in_one_line(
     assert cli.main(argv) == 0
     text = capsys.readouterr().out
     assert text.startswith(f"retinaray {__version__}: ")
-    lines = re.findall(r"^  ([a-z-]+) +(\S.*)$", text, flags=re.MULTILINE)
+    listed = text.partition("commands:\n")[2].partition("\n\n")[0]
+    lines = re.findall(r"^  ([a-z-]+) +(\S.*)$", listed, flags=re.MULTILINE)
     assert lines == [(name, verb.help) for name, verb in cli.VERBS.items()]
     assert len(lines) == 15
 
@@ -239,19 +292,76 @@ def test_main_prints_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "no command came; expected one of train, tune, evaluate"),
         (["trian"], "trian: no such command; expected one of .*; nearest: train$"),
+        (["Train"], "; nearest: train$"),
+        (["predict"], "predict: no such command; .*; nearest: infer$"),
         (["zzz"], "zzz: no such command; expected one of .*demo$"),
         (["--master", "host:29500", "train"], "--master: not needed, Ray connects the workers"),
+        (["--hlep"], "--hlep: options stand behind the command; nearest: --help$"),
+        (["-v", "train", "m.pth"], "-v: options stand .*; write retinaray train -v ...$"),
+        (["--batch", "8"], "; write retinaray COMMAND --batch ...$"),
     ],
 )
 def test_main_refuses_what_is_no_verb(
     capsys: pytest.CaptureFixture[str], argv: list[str], words: str
 ) -> None:
     assert cli.main(argv) == 2
-    first, last = capsys.readouterr().err.splitlines()
+    printed = capsys.readouterr()
+    first, last = printed.err.splitlines()
     assert re.search(words, first)
     assert last == "see: retinaray --help"
+    assert printed.out == ""
+
+
+def test_main_shows_all_commands_when_none_came(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "  train " in printed.err
+    assert "retinaray demo " in printed.err
+
+
+def test_main_helps_with_a_verb_when_asked_by_the_word(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["help", "doctor"]) == 0
+    assert capsys.readouterr().out.startswith("usage: retinaray doctor ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "values"),
+    [
+        (["--version", "--json"], 0, {"version": __version__}),
+        (
+            ["--help", "--json"],
+            0,
+            {"version": __version__, "commands": {n: v.help for n, v in cli.VERBS.items()}},
+        ),
+    ],
+)
+def test_main_answers_in_json_without_a_verb(
+    capsys: pytest.CaptureFixture[str], argv: list[str], code: int, values: dict[str, object]
+) -> None:
+    assert cli.main(argv) == code
+    assert json.loads(capsys.readouterr().out) == values
+
+
+@pytest.mark.parametrize("argv", [["--json"], ["--json", "trian"], ["trian", "--json"]])
+def test_main_refuses_in_json_what_is_no_verb(
+    capsys: pytest.CaptureFixture[str], argv: list[str]
+) -> None:
+    assert cli.main(argv) == 2
+    assert json.loads(capsys.readouterr().out)["error"] == "ConfigError"
+
+
+def test_main_wraps_the_commands_when_the_terminal_is_narrow(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "line_width", lambda _: 40)
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out.partition("commands:\n")[2].partition("to begin:")[0]
+    assert max(map(len, text.splitlines())) <= 40
+    assert " ".join(text.split()).startswith("train train a RetinaNet with Ray Train and keep")
 
 
 def test_main_reads_the_arguments_of_the_process_when_given_none(
@@ -320,3 +430,22 @@ def test_main_is_quiet_when_the_reader_of_stdout_has_gone() -> None:
             check=False,
         )
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    ("shell", "sign"), [("bash", "complete -F"), ("zsh", "#compdef"), ("fish", "complete -c")]
+)
+def test_main_prints_the_completion_of_a_shell(
+    shell: str, sign: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["completion", shell]) == 0
+    text = capsys.readouterr().out
+    assert sign in text
+    assert "import-odtk" in text
+
+
+def test_main_refuses_the_completion_of_an_unknown_shell(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["completion", "tcsh"]) == 2
+    assert "expected one of bash, zsh, fish, got tcsh" in capsys.readouterr().err

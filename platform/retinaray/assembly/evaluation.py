@@ -33,9 +33,10 @@ from retinaray.inference.manifest import list_sources
 from retinaray.inference.pipeline import ImageResult, detect_images
 from retinaray.inference.predictor import Predictor, load_predictor
 from retinaray.machine import count_cores
+from retinaray.path_hints import hint_at_missing
 from retinaray.reporting.point_table import render_points
 from retinaray.reporting.score_table import render_scores
-from retinaray.storage import Storage
+from retinaray.storage import Storage, is_s3, local_path
 
 logger = logging.getLogger(__name__)
 
@@ -233,8 +234,11 @@ def _detect_twice(job: EvaluateJob, predictor: Predictor, truth: Any) -> _Found:
 def _score_file(job: EvaluateJob, truth: Any) -> EvaluateOutcome:
     detections = read_json(_name(job), job.reading)
     if not isinstance(detections, list):
+        is_dataset = isinstance(detections, dict) and "images" in detections
+        found = "a data set" if is_dataset else type(detections).__name__
         raise DatasetError(
-            f"{_name(job)}: expected a COCO results list, found {type(detections).__name__}"
+            f"{_name(job)}: expected a COCO results list, found {found}; give the detections.json "
+            "of `retinaray infer`, or a model"
         )
     return _score_list(job, truth, detections, _name(job))
 
@@ -272,8 +276,11 @@ def _score(truth: Any, detections: list[dict[str, object]], source: str) -> Coco
 
 def _report_failures(failed: list[ImageResult], num_images: int) -> None:
     for result in failed[:5]:
-        logger.warning("%s: %s", result.source.uri, result.error)
+        logger.warning("%s", result.error)
     if len(failed) == num_images:
+        uri = failed[0].source.uri
+        hint = "" if is_s3(uri) else hint_at_missing(local_path(uri))
         raise DatasetError(
             f"none of {num_images} images could be read, first: {failed[0].error}; check --images"
+            + (f"; {hint}" if hint else "")
         )

@@ -16,6 +16,7 @@ from retinaray.config.report_schema import ReportJob
 from retinaray.config.schema import InferJob
 from retinaray.errors import CheckpointError, ConfigError, DatasetError, StorageError
 from retinaray.inference.run_files import RunFiles
+from retinaray.path_hints import hint_at_missing
 from retinaray.reporting.report.contents import ReportedRun
 from retinaray.storage import Storage, is_s3, join_uri, local_path
 
@@ -53,9 +54,11 @@ def open_run(uri: str, job: ReportJob, storage: Storage) -> OpenedRun:
         return open_sweep(uri, job, storage)
     elif not is_s3(uri) and (local_path(uri) / "metrics.jsonl").is_file():
         return open_training(uri, {}, job, storage)
+    hint = "" if is_s3(uri) else hint_at_missing(local_path(uri))
     raise DatasetError(
         f"{uri}: expected what train, tune or infer left, a folder with run.json or sweep.json, or "
         "a .json file of detections, evaluate or parity; found none of these: name the run's folder"
+        + (f"; {hint}" if hint else "")
     )
 
 

@@ -45,8 +45,19 @@ def describe_faults(
 def describe_unknown_key(key: str, value: object, table: OptionTable, origin: str = "") -> str:
     """Write the fault of a key that no setting has, with the one that was probably meant."""
     nearest = table.nearest(key)
+    if not nearest or nearest.startswith("the section "):
+        nearest = _find_by_help(key, table) or nearest
     hint = f"nearest: {nearest}" if nearest else "remove it, or see --help for all keys"
     return f"{key}={show_value(value)}{_in_brackets(origin)}: no such key; {hint}"
+
+
+def _find_by_help(key: str, table: OptionTable) -> str:
+    """The setting whose help begins with the words of a key: learning_rate is optim.peak_lr."""
+    words = key.rpartition(".")[2].lower().replace("_", " ")
+    for option in table.options:
+        if " " in words and option.help.lower().startswith(words):
+            return f"{option.key} ({option.spelling})"
+    return ""
 
 
 def show_value(value: object) -> str:

@@ -17,7 +17,12 @@ _COMMON = (
     (("--print-config",), None, "Print the resolved settings as YAML and exit."),
     (("-v", "--verbose"), None, "Log more; show tracebacks."),
     (("-q", "--quiet"), None, "Log warnings and errors only."),
-    (("--json",), None, "Only the JSON line on standard output, no table for people."),
+    (
+        ("--json",),
+        None,
+        "For programs: one JSON object on standard output, also when the command fails; no table.",
+    ),
+    (("--log-format",), "{text,json}", "Lines of the log on standard error. [text]"),
     (("-h", "--help"), None, "Show this text and exit."),
 )
 
@@ -51,6 +56,28 @@ def format_help(job_class: type[Job], table: OptionTable, epilog: str = "") -> s
         else:
             common.add_argument(*flags, metavar=metavar, help=text)
     return parser.format_help().replace(_NO_BREAK, " ")
+
+
+def list_options(table: OptionTable) -> list[dict[str, object]]:
+    """Every setting of a command as plain values, for `--help --json`.
+
+    Returns:
+        One object per setting: key (dotted path), flags, positional, expected, default (None when
+        required), required, unit, help.
+    """
+    return [
+        {
+            "key": option.key,
+            "flags": list(option.names),
+            "positional": option.is_positional,
+            "expected": option.shape.expected,
+            "default": None if option.is_required else option.default,
+            "required": option.is_required,
+            "unit": option.flag.unit if option.flag is not None else "",
+            "help": option.help,
+        }
+        for option in table.options
+    ]
 
 
 _KEYS_NOTE = (

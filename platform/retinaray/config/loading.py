@@ -6,6 +6,7 @@ reported together.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pydantic import ValidationError
 
 from retinaray.config.command_line import CommandLine, read_command_line
 from retinaray.config.faults import describe_faults, describe_unknown_key
-from retinaray.config.help_text import format_help
+from retinaray.config.help_text import format_help, list_options
 from retinaray.config.nodes import Job
 from retinaray.config.odtk_flags import list_odtk_flags, stretch_schedule
 from retinaray.config.options import OptionTable, ValueShape
@@ -52,15 +53,17 @@ def read_request(job_class: type[JobT], argv: Sequence[str], *, epilog: str = ""
         epilog: Text for the end of the help.
 
     Returns:
-        The job, or the text that was asked for instead.
+        The job, or the text that was asked for instead; with `--json` that is one line of JSON.
 
     Raises:
         ConfigError: If anything is wrong; one line per fault, all faults at once.
     """
     table = OptionTable(job_class)
     line = read_command_line(argv, table, list_odtk_flags(job_class.verb))
+    is_json = "json" in line.switches
     if "help" in line.switches:
-        return Request(None, printout=format_help(job_class, table, epilog))
+        text = _show_json(list_options(table)) if is_json else format_help(job_class, table, epilog)
+        return Request(None, printout=text)
     file = read_yaml(line.config_file) if line.config_file else YamlTree()
     origins = {key: f"config file {line.config_file}, line {n}" for key, n in file.lines.items()}
     tree = _copy_tree(file.tree)
@@ -72,10 +75,12 @@ def read_request(job_class: type[JobT], argv: Sequence[str], *, epilog: str = ""
     origins = {key: text for key, text in origins.items() if key not in line.changes}
     job, value_faults = _validate(job_class, tree, table, origins, only_values=not file.is_readable)
     faults += value_faults
+    if faults and line.config_file and file.is_readable and not file.tree:
+        faults.insert(0, f"config file {line.config_file}: holds no settings; is it the right one?")
     if faults or job is None:
         raise ConfigError("\n".join(faults))
     if "print-config" in line.switches:
-        return Request(None, printout=to_yaml(job))
+        return Request(None, printout=_show_json(to_dict(job)) if is_json else to_yaml(job))
     is_table_wanted = not {"quiet", "json"} & line.switches
     return Request(job, verbosity=_read_verbosity(line), is_table_wanted=is_table_wanted)
 
@@ -141,6 +146,10 @@ def to_dict(job: Job) -> dict[str, Any]:
 def to_yaml(job: Job) -> str:
     """Write a job as YAML for `--print-config` and run records; it is a valid `--config` file."""
     return write_yaml(to_dict(job))
+
+
+def _show_json(values: object) -> str:
+    return f"{json.dumps(values)}\n"
 
 
 def _read_verbosity(line: CommandLine) -> Verbosity:

@@ -9,8 +9,13 @@ from typing import Any
 
 import yaml
 
+from retinaray.path_hints import hint_at_missing
+
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 _TEXT_TAG = "tag:yaml.org,2002:str"
+_LARGEST_BYTES = 1 << 20
+"""YAML is read slowly: a data set given as settings would take minutes to be refused."""
+
 _DEEPEST = 4
 """Settings nest two deep; a file that refers to itself must not be followed for ever."""
 
@@ -43,13 +48,13 @@ def read_yaml(path: str) -> YamlTree:
     """
     where = f"config file {path}"
     try:
+        num_bytes = Path(path).stat().st_size
+        if num_bytes > _LARGEST_BYTES:
+            fault = f"{where}: has {num_bytes:,} bytes; expected settings, which are short"
+            return YamlTree(faults=[fault], is_readable=False)
         text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        fault = f"{where}: {error.strerror}; expected a readable YAML file (--config)"
-        return YamlTree(faults=[fault], is_readable=False)
-    except UnicodeDecodeError as error:
-        fault = f"{where}: byte {error.start} is not UTF-8; expected a YAML text file"
-        return YamlTree(faults=[fault], is_readable=False)
+    except (OSError, ValueError) as error:
+        return YamlTree(faults=[_describe_unread(error, path, where)], is_readable=False)
     return parse_yaml(text, where)
 
 
@@ -73,6 +78,9 @@ def parse_yaml(text: str, where: str) -> YamlTree:
         return YamlTree(faults=[f"{where}: not YAML: {reason}"], is_readable=False)
     if root is None or tree is None:
         return YamlTree()
+    if isinstance(tree, dict) and {"images", "annotations", "categories"} <= tree.keys():
+        fault = f"{where}: is a COCO data set; give it as --annotations, settings as --config"
+        return YamlTree(faults=[fault], is_readable=False)
     if not isinstance(root, yaml.MappingNode):
         fault = f"{where}: expected sections and keys, as in `data:`; got {root.value!r:.60}"
         return YamlTree(faults=[fault], is_readable=False)
@@ -119,8 +127,20 @@ def _walk_keys(
             yield from _walk_keys(value, f"{path}.", depth + 1)
 
 
+def _describe_unread(error: OSError | ValueError, path: str, where: str) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"{where}: byte {error.start} is not UTF-8; expected a YAML text file"
+    if not isinstance(error, OSError):
+        return f"{where}: {error}; expected a readable YAML file (--config)"
+    hint = hint_at_missing(Path(path)) if isinstance(error, FileNotFoundError) else ""
+    ending = f"; {hint}" if hint else ""
+    return f"{where}: {error.strerror}; expected a readable YAML file (--config){ending}"
+
+
 def _describe_syntax(error: yaml.MarkedYAMLError, where: str) -> str:
     mark = error.problem_mark or error.context_mark
     place = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
     reason = ", ".join(part for part in (error.context, error.problem) if part)
+    if "'\\t'" in reason:
+        reason += ": this is a tab; indent by spaces"
     return f"{where}{place}: not YAML: {reason}"

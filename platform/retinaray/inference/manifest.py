@@ -27,12 +27,14 @@ from retinaray.inference.source_listing import (
     name_below,
     open_shards,
 )
-from retinaray.storage import Storage, find_secret, hide_secret
+from retinaray.path_hints import hint_at_folder, hint_at_missing
+from retinaray.storage import Storage, find_secret, hide_secret, is_s3, local_path
 
 # The first parts are small, so that a small set still keeps all workers busy; later ones amortise
 # the commit.
 _GROWTH = ((64, 16), (64, 64), (256, 256))
 _LARGEST = 1000
+_VIDEOS = frozenset({".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".wmv", ".mpg", ".mpeg"})
 _TAKE_ALL = SourceChoice()
 
 
@@ -120,13 +122,26 @@ def _number(found: Iterable[FoundImage]) -> Iterator[ImageSource]:
 def _refuse_empty(sources: Iterator[ImageSource], images: str) -> Iterator[ImageSource]:
     first = next(sources, None)
     if first is None:
+        hint = _hint_at_empty(images)
         raise DatasetError(
             f"{images}: no images found; expected a folder, an S3 prefix, a .tar, a list of URIs "
             "(.txt, .csv, .jsonl, .parquet) or a COCO .json "
             f"(image files end in {', '.join(sorted(IMAGE_SUFFIXES)[:6])}, ...)"
+            + (f"; {hint}" if hint else "")
         )
     yield first
     yield from sources
+
+
+def _hint_at_empty(images: str) -> str:
+    if is_s3(images):
+        return ""
+    path = local_path(images)
+    if path.suffix.lower() in _VIDEOS:
+        return "this is a video: cut it into images first (ffmpeg -i FILE frames/%06d.jpg)"
+    if path.is_dir():
+        return hint_at_folder(path)
+    return hint_at_missing(path) or ("" if path.exists() else "there is no such folder")
 
 
 def _list_coco(root: str, content: Any) -> Iterator[FoundImage]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from retinaray.anchoring.coverage import CoverageReport, CoverageRow, poorly_covered
 from retinaray.anchoring.fitting import AnchorFit
+from retinaray.reporting.columns import lay_out_table
 
 _MAX_CLASSES = 30
 _HEAD = ("", "boxes", "IoU>=0.5 %", "IoU>=0.4 %", "mean IoU", "only by best anchor")
@@ -32,7 +33,7 @@ def render_coverage(report: CoverageReport) -> str:
         rows += [_cells(f"  {name}", row) for name, row in shown]
         if len(group) > len(shown):
             rows.append((f"  {len(group) - len(shown)} more", *[""] * (len(_HEAD) - 1)))
-    return _align(rows)
+    return "\n".join(lay_out_table(rows))
 
 
 def _cells(name: str, row: CoverageRow) -> tuple[str, ...]:
@@ -111,19 +112,5 @@ def render_fit(fit: AnchorFit, head_gflops: Sequence[float]) -> str:
             )
         )
         marks.append(" ".join(notes[:1]))
-    lines = _align(rows, num_left=5).splitlines()
-    return "\n".join(
-        f"{line}  {mark}".rstrip() for line, mark in zip(lines, ["", *marks], strict=True)
-    )
-
-
-def _align(rows: Sequence[Sequence[str]], num_left: int = 1) -> str:
-    """Columns of equal width: the first `num_left` flush left, the others flush right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if index < num_left else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    tails = {number: mark for number, mark in enumerate(marks, start=1) if mark}
+    return "\n".join(lay_out_table(rows, num_left=5, tails=tails))

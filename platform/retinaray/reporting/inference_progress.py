@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -20,6 +21,7 @@ from rich.progress import (
 from rich.text import Text
 
 from retinaray.reporting.training_progress import format_duration
+from retinaray.terminal import find_console
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +32,13 @@ _SHOWN_STAGES = ("engine", "decode", "read", "commit")
 class InferenceView:
     """Shows how far a batch inference is, on standard error.
 
-    On a terminal a bar that is redrawn in place (without colours where NO_COLOR is set), elsewhere
+    On a terminal a bar that is redrawn in place; elsewhere, with --quiet and where the log is JSON,
     a line of the log about every ten seconds.
 
     Args:
         num_images: Images of the run.
         num_done: Of these, finished by an earlier command.
-        console: Where to draw; none = standard error.
+        console: Where to draw; none = where the log is drawn.
         clock: Seconds that never go back; another one in tests.
     """
 
@@ -48,7 +50,7 @@ class InferenceView:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._console = console or Console(stderr=True)
+        self._console = console or find_console()
         self._clock = clock
         self._last_line_s = clock()
         self._bar = Progress(
@@ -65,7 +67,12 @@ class InferenceView:
         # A terminal that cannot move its cursor would get nothing until the end.
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             text = Text("starting: no part is finished yet")
-            self._live = Live(Group(self._bar, text), console=self._console)
+            self._live = Live(
+                Group(self._bar, text),
+                console=self._console,
+                # What goes to a file must not end on the screen.
+                redirect_stdout=sys.stdout.isatty(),
+            )
             self._live.start(refresh=True)
         return self
 

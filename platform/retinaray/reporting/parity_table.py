@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from retinaray.evaluation.difference_histogram import DifferenceHistogram
 from retinaray.evaluation.parity_rows import ParityGroup, ParityResult, ParityRow
+from retinaray.reporting.columns import lay_out_table
 
 _HEAD = (
-    f"{'verdict':<7}  {'box px: p50 p99 max':>22}  {'score: p50 p99 max':>23}  {'changed':>7}  "
-    f"{'AP':>6}  {'differs':>8}  {'ms/image':>8}  {'times':>5}"
+    *("verdict", "box px: p50 p99 max", "score: p50 p99 max", "changed"),
+    *("AP", "differs", "ms/image", "times"),
 )
+_LEAST = (7, 22, 23, 7, 6, 8, 8, 5)
 
 
 def render_parity(result: ParityResult) -> str:
@@ -16,6 +18,7 @@ def render_parity(result: ParityResult) -> str:
 
     Differences of boxes and scores are those before suppression; `changed` is the share of
     detections that came, went or changed their class; `times` is how much faster than torch.
+    Columns that a narrow terminal has no room for follow below.
     """
     head = (
         f"{result.num_images} images, batch {result.batch}, {result.threads} "
@@ -36,31 +39,27 @@ def render_parity(result: ParityResult) -> str:
 
 def _render_group(group: ParityGroup, width: int) -> list[str]:
     height, columns = group.canvas
-    reference = (
-        f"{'torch fp32':<{width}}  {'-':<7}  {'':>22}  {'':>23}  {'':>7}  "
-        f"{_number(group.ap, '.4f'):>6}  {'':>8}  {_number(group.latency_ms, '.1f'):>8}  {'1':>5}"
-    )
-    return [
-        f"{f'canvas {height}x{columns}':<{width}}  {_HEAD}",
-        reference.rstrip(),
-        *(_render_row(row, group, width) for row in group.rows),
+    reference = ("torch fp32", "-", "", "", "", _number(group.ap, ".4f"), "")
+    rows = [
+        (f"canvas {height}x{columns}", *_HEAD),
+        (*reference, _number(group.latency_ms, ".1f"), "1"),
+        *(_cells(row, group) for row in group.rows),
     ]
+    return lay_out_table(rows, num_left=2, least=(width, *_LEAST))
 
 
-def _render_row(row: ParityRow, group: ParityGroup, width: int) -> str:
+def _cells(row: ParityRow, group: ParityGroup) -> tuple[str, ...]:
     candidates = row.candidates
-    return "  ".join(
-        [
-            f"{row.case.name:<{width}}",
-            f"{'pass' if row.has_passed else 'FAILS':<7}",
-            f"{_quantiles(candidates.box_px, 6):>22}",
-            f"{_quantiles(candidates.scores, 7):>23}",
-            f"{row.detections.changed_share:>7.2%}",
-            f"{_number(row.ap, '.4f'):>6}",
-            f"{format_ap_difference(row.ap_difference):>8}",
-            f"{_number(row.latency_ms, '.1f'):>8}",
-            f"{_number(speed_up(row, group), '.2f'):>5}",
-        ]
+    return (
+        row.case.name,
+        "pass" if row.has_passed else "FAILS",
+        _quantiles(candidates.box_px, 6),
+        _quantiles(candidates.scores, 7),
+        f"{row.detections.changed_share:.2%}",
+        _number(row.ap, ".4f"),
+        format_ap_difference(row.ap_difference),
+        _number(row.latency_ms, ".1f"),
+        _number(speed_up(row, group), ".2f"),
     )
 
 

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from retinaray.reporting.columns import add_tail, wrap_text
+from retinaray.terminal import line_width
+
 _BYTES = "_bytes"
 _SCALES = (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
 
@@ -72,7 +75,11 @@ class PlanSheet:
 
 
 def render_plan(sheet: PlanSheet) -> str:
-    """A table by section, `~` before estimates, then what is missing."""
+    """A table by section, `~` before estimates, then what is missing.
+
+    On a terminal notes stand below their figure where they do not fit beside it.
+    """
+    columns = line_width()
     labels = {id(figure): _label(figure.name) for figure in sheet.figures}
     width = max(map(len, labels.values()), default=0)
     values = {id(figure): format_figure(figure) for figure in sheet.figures}
@@ -84,8 +91,8 @@ def render_plan(sheet: PlanSheet) -> str:
             if figure.section == section:
                 value = ("~" if figure.is_estimate else "") + values[id(figure)]
                 label = labels[id(figure)]
-                line = f"  {label:<{width}}  {value:>{value_width + 1}}  {figure.note}"
-                lines.append(line.rstrip())
+                line = f"  {label:<{width}}  {value:>{value_width + 1}}"
+                lines += add_tail(line, figure.note, columns)
     if any(figure.is_estimate for figure in sheet.figures):
         lines.append("~ is an estimate; the others are exact")
     return "\n".join([*lines, *_render_verdict(sheet.missing)])
@@ -116,4 +123,7 @@ def _label(name: str) -> str:
 def _render_verdict(missing: Sequence[str]) -> list[str]:
     if not missing:
         return ["fits"]
-    return [f"{len(missing)} missing", *(f"  - {text}" for text in missing)]
+    lines = [f"{len(missing)} missing"]
+    for text in missing:
+        lines += wrap_text(text, line_width(), first="  - ", rest="    ")
+    return lines

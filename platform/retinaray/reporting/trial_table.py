@@ -11,12 +11,16 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from retinaray.reporting.columns import lay_out_table
+
 _SHOWN_METRICS = ("AP", "AP50", "latency_ms")
 _MAX_CELL = 28
 
 
 def render_trials(rows: Sequence[Mapping[str, Any]], *, max_rows: int = 20) -> str:
     """The best trials first, in aligned columns; then each failed trial with its reason.
+
+    Columns that a narrow terminal has no room for follow below.
 
     Args:
         rows: `trial`, `status`, `score`, `epoch`, `coverage`, metrics, `point.<key>` and `error`.
@@ -34,11 +38,7 @@ def render_trials(rows: Sequence[Mapping[str, Any]], *, max_rows: int = 20) -> s
         values += [row.get(name) for name in _SHOWN_METRICS]
         values += [row["coverage"], *(row.get(key) for key in keys)]
         table.append([_show(value) for value in values])
-    widths = [max(len(line[column]) for line in table) for column in range(len(header))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in table
-    ]
+    lines = lay_out_table(table, num_left=len(header), num_keys=2)
     if len(ranked) > max_rows:
         lines.append(f"... and {len(ranked) - max_rows} more in trials.csv")
     unranked = [row for row in rows if row["score"] is None or row["error"]]

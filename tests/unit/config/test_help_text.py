@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 
-from retinaray.config.help_text import format_help, show_default
+from retinaray.config.help_text import format_help, list_options, show_default
 from retinaray.config.options import OptionTable
 from retinaray.config.schema import JOBS, ExportJob, Job, TrainJob
 
@@ -86,3 +87,26 @@ def test_format_help_breaks_neither_defaults_nor_words_when_the_terminal_is_narr
 
 def test_format_help_ends_with_the_epilog() -> None:
     assert _help(ExportJob, "exit codes:\n  0  100% done").endswith("exit codes:\n  0  100% done\n")
+
+
+def test_list_options_describes_each_kind_of_setting() -> None:
+    options = {str(entry["key"]): entry for entry in list_options(OptionTable(TrainJob))}
+    assert options["data.resize"] == {
+        "key": "data.resize",
+        "flags": ["--resize", "--data.resize"],
+        "positional": False,
+        "expected": "a whole number from 32 to 8192",
+        "default": 800,
+        "required": False,
+        "unit": "px",
+        "help": "Short side of an image after resize.",
+    }
+    output = options["output"]
+    assert (output["positional"], output["required"], output["default"]) == (True, True, None)
+    assert options["anchors.scales"]["unit"] == "strides"
+
+
+@pytest.mark.parametrize("job_class", JOBS, ids=lambda cls: cls.verb)
+def test_list_options_is_plain_json(job_class: type[Job]) -> None:
+    entries = list_options(OptionTable(job_class))
+    assert len(json.loads(json.dumps(entries))) == len(OptionTable(job_class).options)

@@ -473,6 +473,26 @@ def test_load_from_dict_refuses_an_empty_tree_of_a_job_that_needs_values() -> No
         load_from_dict(InferJob, {})
 
 
+def test_read_request_finds_a_key_by_the_words_of_its_help(
+    faults_of: FaultsOf, write_config: WriteConfig
+) -> None:
+    name = write_config("optim:\n  learning_rate: 0.1\n")
+    faults = faults_of(TrainJob, ["m.pth", "--annotations", "a", "--config", name])
+    assert faults == [
+        "optim.learning_rate=0.1 (config file job.yaml, line 2): no such key; nearest: "
+        "optim.peak_lr (--lr)"
+    ]
+
+
+def test_read_request_says_that_the_file_is_empty_when_settings_are_missing(
+    faults_of: FaultsOf, write_config: WriteConfig
+) -> None:
+    name = write_config("# nothing yet\n")
+    first, *rest = faults_of(TrainJob, ["--config", name])
+    assert first == "config file job.yaml: holds no settings; is it the right one?"
+    assert all("required, but not given" in line for line in rest)
+
+
 def test_help_and_wrong_settings_import_neither_torch_nor_ray_nor_numpy() -> None:
     code = (
         "import sys\n"

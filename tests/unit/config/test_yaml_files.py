@@ -39,9 +39,13 @@ def test_parse_yaml_takes_the_same_key_in_two_sections() -> None:
     ("text", "fault"),
     [
         ("data: [1, 2\nrun: 3\n", r"job\.yaml, line 2, column 4: not YAML: .*expected ',' or ']'"),
-        ("a: 1\n\tb: 2\n", r"job\.yaml, line 2, column 1: not YAML: .*cannot start any token"),
+        ("a: 1\n\tb: 2\n", r"job\.yaml, line 2, column 1: not YAML: .*is a tab; indent by spaces"),
         ("a: !!python/object:os.x {}\n", r"job\.yaml, line 1, column 4: not YAML: .*constructor"),
         ("a: 1\n---\nb: 2\n", r"job\.yaml, line 2, column 1: not YAML: .*single document"),
+        (
+            "{images: [], annotations: [], categories: []}",
+            r"job\.yaml: is a COCO data set; give it",
+        ),
         ("- 1\n- 2\n", r"job\.yaml: expected sections and keys"),
         ("just words\n", r"job\.yaml: expected sections and keys, as in `data:`; got 'just words'"),
         ("a: 2026-13-01\n", r"job\.yaml: not YAML: month must be in 1\.\.12"),
@@ -70,11 +74,20 @@ def test_read_yaml_reports_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     latin.write_bytes(b"output: \xe4.pth\n")
     missing = read_yaml(str(tmp_path / "none.yaml"))
     folder = read_yaml(str(tmp_path))
+    assert missing.faults[0].endswith("YAML file (--config)")
     assert "No such file" in missing.faults[0]
+    misspelt = read_yaml(str(tmp_path / "latni.yaml"))
+    assert misspelt.faults[0].endswith(f"; nearest: {latin}")
     assert "Is a directory" in folder.faults[0]
     assert "byte 8 is not UTF-8" in read_yaml(str(latin)).faults[0]
     assert not missing.is_readable
     assert not folder.is_readable
+
+
+def test_read_yaml_refuses_a_data_set_before_it_is_parsed(tmp_path: Path) -> None:
+    (tmp_path / "train.json").write_bytes(b"[" + b"0," * 600_000 + b"0]")
+    (fault,) = read_yaml(str(tmp_path / "train.json")).faults
+    assert "has 1,200,003 bytes; expected settings, which are short" in fault
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,149 @@
+"""What a path that cannot be opened probably meant: the nearest name, or what a folder holds.
+
+Asked once, at the end of a command that failed. It reads names, never files.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+_MOST_NAMES = 2000
+_MOST_SHOWN = 3
+_DEEPEST = 4
+_MOST_FOLDERS = 100
+_IMAGES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
+_MODELS = frozenset({".pth", ".onnx", ".plan", ".engine"})
+
+
+def hint_at_error(error: BaseException) -> str:
+    """What to say besides about an error that a local path has caused; empty when nothing helps.
+
+    Args:
+        error: Whose cause, or that one's cause, is what the operating system raised.
+    """
+    cause = error.__cause__
+    for _ in range(_DEEPEST):
+        if cause is None or isinstance(cause, OSError):
+            break
+        cause = cause.__cause__
+    if not isinstance(cause, OSError) or not isinstance(cause.filename, str):
+        return ""
+    path = Path(cause.filename)
+    if isinstance(cause, IsADirectoryError):
+        return hint_at_folder(path)
+    if isinstance(cause, FileNotFoundError):
+        return hint_at_missing(path)
+    return ""
+
+
+def hint_at_missing(path: Path) -> str:
+    """The nearest name to the first part of a path that is not there.
+
+    Returns:
+        A sentence without a full stop; empty when the path is there, or no name is alike and
+        nothing else can be told.
+    """
+    missing = path
+    while missing.parent != missing and not missing.parent.is_dir():
+        missing = missing.parent
+    folder = missing.parent
+    if missing.exists() or not folder.is_dir():
+        return ""
+    nearest = _find_nearest(missing, _list_names(folder))
+    if nearest:
+        return f"nearest: {folder / nearest}"
+    if missing != path and str(missing).isprintable():
+        return f"the folder {missing} is not there"
+    if not path.is_absolute():
+        return f"it was looked for in {Path.cwd() / folder}"
+    return ""
+
+
+def hint_at_image(root: Path, name: str) -> str:
+    """Where an image of a data set lies that is not below its folder.
+
+    Args:
+        root: The folder of images as it was given.
+        name: Path of the image in it, as the annotations have it.
+    """
+    if not root.is_dir():
+        return hint_at_missing(root)
+    file = Path(name)
+    folders = [root.parent, *(root / inner for inner in _list_names(root)[:_MOST_FOLDERS])]
+    for folder in folders:
+        if (folder / file).is_file():
+            return f"it is in {folder}: give that folder"
+    if (root / file.name).is_file():
+        return f"{root / file.name} is there: take the folder out of the file names"
+    for other in _list_names((root / file).parent):
+        if Path(other).stem == file.stem:
+            return f"{other} is there: the annotations have another ending"
+    return hint_at_missing(root / file) if _list_names(root) else "the folder is empty"
+
+
+def hint_at_folder(path: Path) -> str:
+    """What a folder that stands where a file belongs holds, and what to do with it."""
+    names = _list_names(path)
+    if not names:
+        return "the folder is empty"
+    endings = Counter(Path(name).suffix.lower() for name in names)
+    lowered = {name.lower() for name in names}
+    if "annotations" in lowered and "jpegimages" in lowered:
+        return _propose_conversion(path, "voc", "looks like Pascal VOC")
+    if {"data.yaml", "dataset.yaml", "labels"} & lowered:
+        images = shlex.quote(str(path / "images"))
+        return _propose_conversion(path, "yolo", "looks like YOLO", more=f" --images {images}")
+    found = [name for name in names if Path(name).suffix.lower() in {".json", *_MODELS}]
+    is_beside_images = any(endings[ending] for ending in _IMAGES)
+    if is_beside_images and len(found) > _MOST_SHOWN:
+        return _propose_conversion(path, "labelme", "looks like LabelMe, a JSON beside each image")
+    if found:
+        return f"it holds {_show_names(path, found)}"
+    if endings[".xml"]:
+        return _propose_conversion(path, "voc", "holds XML; if that is Pascal VOC")
+    if is_beside_images:
+        return "it holds images: give it as --images"
+    if endings[".txt"]:
+        return _propose_conversion(
+            path, "yolo", "holds .txt files; if these are YOLO labels", more=" --images FOLDER"
+        )
+    return f"it holds {_show_names(path, names)}"
+
+
+def _find_nearest(missing: Path, names: Sequence[str]) -> str:
+    """The name whose stem is most like the missing one's; of equals the one with its ending."""
+    stems: dict[str, str] = {}
+    for name in sorted(names, key=lambda name: Path(name).suffix != missing.suffix):
+        stems.setdefault(Path(name).stem.lower(), name)
+    # Endings are left out: all files of a folder are alike in these.
+    alike = difflib.get_close_matches(missing.stem.lower(), stems, n=1)
+    return stems[alike[0]] if alike else ""
+
+
+def _propose_conversion(path: Path, name: str, looks: str, more: str = "") -> str:
+    source = shlex.quote(str(path))
+    command = f"retinaray convert {source} train.json --from {name}{more}"
+    return f"it {looks}: `{command}` makes COCO of it"
+
+
+def _list_names(folder: Path) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            # What a terminal would obey instead of showing is left out.
+            names = (entry.name for entry in islice(entries, _MOST_NAMES))
+            return sorted(name for name in names if name.isprintable())
+    except OSError:
+        # Only a hint is lost; the error that it belongs to is told anyway.
+        return []
+
+
+def _show_names(folder: Path, names: Sequence[str]) -> str:
+    shown = ", ".join(str(folder / name) for name in names[:_MOST_SHOWN])
+    more = len(names) - _MOST_SHOWN
+    return f"{shown} and {more} more" if more > 0 else shown

@@ -1,0 +1,449 @@
+"""The pages of the documentation: their commands read, checked, and run in a small folder.
+
+A comment directly before a fenced block directs how its commands are tested:
+
+    <!-- needs: gpu -->       read, not run; gpu, cloud, jetson, network, cluster, or data for files
+                              of the reader's own
+    <!-- test: ARGUMENTS -->  appended to the commands of the block whose verb is that of the first
+    <!-- test VERB: ARGUMENTS -->  appended to the commands of this verb
+    <!-- expect: exit 2 -->   how every command of the block ends
+    <!-- setup: NAME -->      what is there before: `model.pth` or `model.onnx`, a network that
+                              finds something; `s3`, a server whose bucket `bucket` holds images/;
+                              or a file name, for the last block of YAML or Python above
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+NEEDS = frozenset({"gpu", "cloud", "jetson", "network", "cluster", "data"})
+PREPARED = frozenset({"model.pth", "model.onnx", "s3"})
+# The bucket that the pages' examples name.
+BUCKET = "bucket"
+_PROGRAMS = frozenset(
+    {
+        *("aws", "cat", "cd", "cp", "do", "docker", "done", "export", "for", "git", "head"),
+        *("kubectl", "ls", "make", "mkdir", "mlflow", "mv", "nvidia-smi", "pip", "python", "ray"),
+        *("rm", "scp", "sh", "sleep", "source", "ssh", "tail", "tensorboard", "tmux", "top"),
+        *("unzip", "base64", "bash", "watch", "while", "retinaray", ".venv/bin/retinaray"),
+    }
+)
+_SHELL_NAMES = frozenset({"bash", "shell", "console", "zsh"})
+_DIRECTIVE = re.compile(r"<!--\s*([a-z]+)(?:\s+([a-z-]+))?:\s*(.*?)\s*-->")
+_FENCE = re.compile(r"(\s*)(`{3,})([\w+-]*).*")
+_ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of a page.
+
+    Attributes:
+        place: Page and line, for messages.
+        words: As a shell splits it, without what redirects it.
+        needs: Why it is not run; empty when it is.
+        extra: Arguments that make it small.
+        exit_code: How it ends.
+        setups: What has to be there before.
+        output: File that its standard output goes to; empty for none.
+        environment: Variables that are set for it.
+    """
+
+    place: str
+    words: tuple[str, ...]
+    needs: str = ""
+    extra: tuple[str, ...] = ()
+    exit_code: int = 0
+    setups: tuple[str, ...] = ()
+    output: str = ""
+    environment: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def argv(self) -> tuple[str, ...] | None:
+        """Arguments of `retinaray`; none for another program."""
+        return find_arguments(self.words)
+
+
+@dataclass
+class Page:
+    """What a page says that can be tested.
+
+    Attributes:
+        name: Path in the repository.
+        commands: In their order.
+        files: Blocks that a setup names, by the name.
+        faults: What is wrong with its directives; a line each.
+    """
+
+    name: str
+    commands: list[Command] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+
+def find_arguments(words: tuple[str, ...]) -> tuple[str, ...] | None:
+    """What `retinaray` is given, however it is started; None when it is not."""
+    match words:
+        case ("retinaray" | ".venv/bin/retinaray", *rest):
+            return tuple(rest)
+        case ("python", "-m", "retinaray", *rest):
+            return tuple(rest)
+        case ("python", script, *rest) if re.fullmatch(r"jobs/\w+\.py", script):
+            return (Path(script).stem, *rest)
+        case ("ray", "job", "submit", *rest) if "--" in rest:
+            return find_arguments(tuple(rest[rest.index("--") + 1 :]))
+    return None
+
+
+def read_page(text: str, name: str) -> Page:
+    """Read the commands of one page."""
+    page = Page(name)
+    reader = _PageReader(page)
+    for number, line in enumerate(text.splitlines(), start=1):
+        reader.take(number, line)
+    reader.end()
+    return page
+
+
+class _PageReader:
+    def __init__(self, page: Page) -> None:
+        self._page = page
+        self._directives: list[tuple[int, str, str, str]] = []
+        self._fence = ""
+        self._language = ""
+        self._block: list[tuple[int, str]] = []
+        self._sources: dict[str, str] = {}
+
+    def take(self, number: int, line: str) -> None:
+        """One line, from the top of the page on."""
+        fence = _FENCE.fullmatch(line)
+        if self._fence:
+            if fence and fence[2] == self._fence and not fence[3]:
+                self._end_block()
+            else:
+                self._block.append((number, line))
+        elif fence:
+            self._fence, self._language, self._block = fence[2], fence[3], []
+        elif found := _DIRECTIVE.fullmatch(line.strip()):
+            self._directives.append((number, found[1], found[2] or "", found[3]))
+        elif line.strip():
+            self.end()
+
+    def end(self) -> None:
+        """What stands before no block is a fault."""
+        for number, key, _, _ in self._directives:
+            self._fault(number, f"`{key}:` stands directly before no block of commands")
+        self._directives = []
+
+    def _fault(self, number: int, text: str) -> None:
+        self._page.faults.append(f"{self._page.name}:{number}: {text}")
+
+    def _end_block(self) -> None:
+        self._fence = ""
+        if self._language in _SHELL_NAMES:
+            self._fault(self._block[0][0], f"commands are tagged sh, not {self._language}")
+        if self._language in ("yaml", "python"):
+            self._sources[self._language] = "\n".join(line for _, line in self._block) + "\n"
+        commands = list(self._read_commands()) if self._is_shell() else []
+        if not commands:
+            self.end()
+            return
+        settings = self._read_directives(commands)
+        self._directives = []
+        for command in commands:
+            verb = (command.argv or ("",))[0]
+            self._page.commands.append(
+                Command(
+                    command.place,
+                    command.words,
+                    needs=settings.needs,
+                    extra=settings.extra.get(verb, ()),
+                    exit_code=settings.exit_code,
+                    setups=tuple(settings.setups),
+                    output=command.output,
+                    environment=command.environment,
+                )
+            )
+
+    def _is_shell(self) -> bool:
+        first = next((line.split()[0] for _, line in self._block if _is_command(line)), "")
+        return self._language == "sh" or (not self._language and first in _PROGRAMS)
+
+    def _read_commands(self) -> Iterator[Command]:
+        joined, start = "", 0
+        for number, line in self._block:
+            start = start if joined else number
+            joined += line.removesuffix("\\") + " "
+            if line.endswith("\\"):
+                continue
+            yield from self._split(start, joined)
+            joined = ""
+
+    def _split(self, number: int, line: str) -> Iterator[Command]:
+        place = f"{self._page.name}:{number}"
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True
+        try:
+            words = list(lexer)
+        except ValueError as error:
+            self._fault(number, f"no shell reads this: {error}")
+            return
+        for piece, output in _cut(words):
+            assigned = [found for word in piece if (found := _ASSIGNMENT.fullmatch(word))]
+            variables = tuple(
+                (found[1], found[2])
+                for found, word in zip(assigned, piece, strict=False)
+                if found[0] == word
+            )
+            rest = tuple(piece[len(variables) :])
+            if not rest:
+                continue
+            if rest[0] not in _PROGRAMS:
+                self._fault(number, f"{rest[0]}: a program that no page has used before")
+            yield Command(place, rest, output=output, environment=variables)
+
+    def _read_directives(self, commands: list[Command]) -> _Settings:
+        settings = _Settings()
+        verbs = [command.argv[0] for command in commands if command.argv]
+        for number, key, verb, value in self._directives:
+            if key == "needs":
+                settings.needs = value
+                if value not in NEEDS:
+                    self._fault(number, f"needs: {value}: expected one of {sorted(NEEDS)}")
+            elif key == "test" and verbs:
+                settings.extra[verb or verbs[0]] = tuple(shlex.split(value))
+                if verb and verb not in verbs:
+                    self._fault(number, f"test {verb}: no such command in the block")
+            elif key == "expect" and (code := re.fullmatch(r"exit (\d+)", value)):
+                settings.exit_code = int(code[1])
+            elif key == "setup":
+                settings.setups.append(value)
+                self._take_source(number, value)
+            else:
+                self._fault(number, f"`{key}: {value}` directs nothing")
+        return settings
+
+    def _take_source(self, number: int, name: str) -> None:
+        if name in PREPARED:
+            return
+        language = {".yaml": "yaml", ".yml": "yaml", ".py": "python"}.get(Path(name).suffix, "")
+        if language not in self._sources:
+            self._fault(number, f"setup: {name}: expected {sorted(PREPARED)} or a block above")
+            return
+        self._page.files.setdefault(name, self._sources[language])
+
+
+@dataclass
+class _Settings:
+    needs: str = ""
+    exit_code: int = 0
+    extra: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    setups: list[str] = field(default_factory=list)
+
+
+def _is_command(line: str) -> bool:
+    return bool(line.strip()) and not line.lstrip().startswith("#")
+
+
+def _cut(words: list[str]) -> Iterator[tuple[list[str], str]]:
+    """Pieces between the signs of a shell, each with the file that its output goes to."""
+    piece: list[str] = []
+    output = ""
+    rest = iter(words)
+    for word in rest:
+        if word in (">", ">>"):
+            output = next(rest, "")
+        elif re.fullmatch(r"[();<>|&]+", word):
+            yield piece, output
+            piece, output = [], ""
+        else:
+            piece.append(word)
+    yield piece, output
+
+
+def list_pages() -> list[str]:
+    """Every page whose commands are tested, by its path in the repository."""
+    pages = sorted(path.relative_to(REPOSITORY).as_posix() for path in _walk_docs())
+    return ["README.md", "cluster/README.md", *pages]
+
+
+def _walk_docs() -> Iterator[Path]:
+    return (REPOSITORY / "docs").rglob("*.md")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`page_name`: one test per page."""
+    if "page_name" in metafunc.fixturenames:
+        metafunc.parametrize("page_name", list_pages())
+
+
+@pytest.fixture
+def page(page_name: str) -> Page:
+    """One page of the documentation."""
+    return read_page((REPOSITORY / page_name).read_text("utf-8"), page_name)
+
+
+@pytest.fixture(scope="session")
+def read_text() -> Callable[[str], Page]:
+    """Read a page that is no file."""
+    return lambda text: read_page(text, "page.md")
+
+
+@pytest.fixture(scope="session")
+def read_file() -> Callable[[str], Page]:
+    """Read a page by its path in the repository."""
+    return lambda name: read_page((REPOSITORY / name).read_text("utf-8"), name)
+
+
+@pytest.fixture(scope="session")
+def list_keys() -> Callable[[str], set[str]]:
+    """Keys of a command's JSON line, as the reference has them."""
+    pytest.importorskip("mkdocs", reason="needs mkdocs-material, which is not installed")
+    path = REPOSITORY / "docs" / "hooks" / "contracts.py"
+    spec = importlib.util.spec_from_file_location("docs_contracts", path)
+    assert spec is not None
+    assert spec.loader is not None
+    contracts = importlib.util.module_from_spec(spec)
+    # Its dataclasses look their module up.
+    sys.modules[spec.name] = contracts
+    spec.loader.exec_module(contracts)
+    sources = contracts.Sources(REPOSITORY / "platform")
+    return lambda verb: set(contracts.list_keys(sources.find_outcome(verb), "to_json", sources))
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The folder with mkdocs.yml."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder `data` as pages begin with: eight training, four validation, six test images."""
+    # The packages of the extra `demo` are imported only where they are needed.
+    from retinaray.demo.scenes import make_scene_set
+
+    folder = tmp_path_factory.mktemp("scenes") / "data"
+    make_scene_set(folder, num_train=8, num_val=4, num_test=6, image_size=(96, 128))
+    return folder
+
+
+@pytest.fixture
+def page_folder(tmp_path: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which a reader stands: `data/` and the repository's `jobs/`."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    shutil.copytree(scenes, folder / "data")
+    (folder / "jobs").symlink_to(REPOSITORY / "jobs", target_is_directory=True)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, scenes: Path) -> Path:
+    """Weights of a small network that finds boxes in every image, wherever they are."""
+    import torch
+
+    from retinaray.artifact import dump_weights
+    from retinaray.assembly.training import make_card, read_inputs
+    from retinaray.config.loading import load_from_dict
+    from retinaray.config.schema import TrainJob
+
+    path = tmp_path_factory.mktemp("model") / "model.pth"
+    tree: dict[str, Any] = {
+        "output": str(path),
+        "model": {"backbone": "ResNet10FPN", "fpn_channels": 16, "head_depth": 0},
+        "data": {
+            "images": str(scenes / "images"),
+            "annotations": str(scenes / "train.json"),
+            "size": [64, 96],
+        },
+    }
+    job = load_from_dict(TrainJob, tree)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        card, model = make_card(job, read_inputs(job), run_id="untrained")
+    weights = model.state_dict()
+    # Scores about 0.1 that differ: enough for what compares files, and for thresholds.
+    weights["class_head.output.bias"].fill_(-2.2)
+    weights["class_head.output.weight"].mul_(20)
+    path.write_bytes(dump_weights(card, weights))
+    return path
+
+
+@pytest.fixture(scope="module")
+def ray_cluster(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Ray on this machine, shared by all pages."""
+    from retinaray.distributed.resources import connect
+
+    server = request.getfixturevalue("s3_server")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        # Workers inherit the credentials; the address comes with the command.
+        for name, value in server.environment().items():
+            patch.setenv(name, value)
+        patch.delenv("AWS_ENDPOINT_URL", raising=False)
+        with connect(min_cpus=2) as cluster:
+            yield cluster
+
+
+@pytest.fixture
+def prepare(
+    page_folder: Path, request: pytest.FixtureRequest
+) -> Callable[[Command, Page], tuple[str, ...]]:
+    """Bring about what a command's setups name; gives the arguments that it takes besides.
+
+    A page's files are made once, before the first block that names them.
+    """
+    made: set[str] = set()
+
+    def bring(command: Command, page: Page) -> tuple[str, ...]:
+        arguments: tuple[str, ...] = ()
+        for name in command.setups:
+            if name not in made:
+                _make_setup(name, page, page_folder, request)
+                made.add(name)
+            if name == "s3" and any("s3://" in word for word in command.words):
+                server = request.getfixturevalue("s3_server")
+                arguments = ("--endpoint-url", server.endpoint_url)
+        return arguments
+
+    return bring
+
+
+def _make_setup(name: str, page: Page, folder: Path, request: pytest.FixtureRequest) -> None:
+    if name in page.files:
+        (folder / name).write_text(page.files[name], encoding="utf-8")
+    elif name == "s3":
+        _fill_bucket(request.getfixturevalue("s3_server"), folder)
+    else:
+        # Asked for when it is needed: it takes torch.
+        shutil.copy(request.getfixturevalue("tiny_model"), folder / "model.pth")
+        if name == "model.onnx":
+            _run_quietly(["export", "model.pth", "model.onnx"])
+
+
+def _run_quietly(argv: list[str]) -> None:
+    from retinaray.cli import main
+
+    assert main([*argv, "--json", "--quiet"]) == 0
+
+
+def _fill_bucket(server: Any, folder: Path) -> None:
+    from retinaray.storage import Storage
+
+    server.create_bucket(BUCKET)
+    storage = Storage(endpoint_url=server.endpoint_url)
+    for path in sorted((folder / "data" / "images").iterdir()):
+        storage.write_bytes(f"s3://{BUCKET}/images/{path.name}", path.read_bytes())
