@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections import Counter
@@ -12,7 +13,9 @@ import pytest
 
 from retinaray import s3_objects
 from retinaray.config.loading import load_from_argv
+from retinaray.config.nodes import BackboneName
 from retinaray.config.schema import InferJob, TrainJob
+from retinaray.detector.retinanet import RetinaNet
 from retinaray.inference.manifest import cut_parts
 from retinaray.inference.part_attempts import PartAttempts
 from retinaray.inference.part_table import write_parts
@@ -170,3 +173,34 @@ def test_files_that_are_named_exist(sheet: str, repository: Path) -> None:
     named = set(re.findall(r"cluster/(?:iam|kuberay)/[\w.-]+\.\w+|jobs/[\w/.-]+\.\w+", sheet))
     assert len(named) >= 8
     assert [name for name in sorted(named) if not (repository / name).is_file()] == []
+
+
+@pytest.mark.parametrize("backbone", ["ResNet18FPN", "ResNet50FPN"])
+def test_sheet_of_training_counts_the_weights_that_are_exchanged(
+    sheet: str, backbone: BackboneName
+) -> None:
+    model = RetinaNet(backbone=backbone, num_classes=80, norm="frozen_bn")
+    number = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    said = re.search(rf"{backbone}[^:;]*?([\d,]+)(?: weights)?: ([\d.]+) MB", sheet)
+    assert said is not None
+    assert int(said[1].replace(",", "")) == number
+    assert float(said[2]) == round(4 * number / 1e6, 1)
+
+
+def expect_efficiency(num_gpus: int, gigabits: float) -> float:
+    """The sheet's formula: what one GPU's step is of the step of many."""
+    step, size, bucket = 16 / 350, 4 * 37_915_572, 25 * 2**20
+    nodes, local = -(-num_gpus // 8), min(num_gpus, 8)
+    between = 2 * (nodes - 1) / nodes * size / (gigabits * 1e9 / 8)
+    exchange = 2 * (local - 1) / local * size / 450e9 + between
+    backward = max(2 / 3 * step + bucket / size * exchange, exchange)
+    hops = 2 * math.log2(num_gpus) * 15e-6
+    return step / (step / 3 + (backward if num_gpus > 1 else 2 / 3 * step) + hops)
+
+
+def test_sheet_of_training_follows_its_formula(sheet: str) -> None:
+    rows = re.findall(r"^\| (\d+) \| ((?:[01]\.\d{3}(?: \| )?){4}) \|$", sheet, re.MULTILINE)
+    assert [int(number) for number, _ in rows] == [1, 8, 16, 64, 256, 1000]
+    for number, values in rows:
+        expected = [expect_efficiency(int(number), speed) for speed in (25, 100, 400, 3200)]
+        assert [float(value) for value in values.split(" | ")] == [round(e, 3) for e in expected]
