@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 # Benchmarks are run by hand, assets are data.
-FOLDERS = ("architecture", "distributed", "gpu", "jobs", "unit")
+FOLDERS = ("architecture", "distributed", "docs", "gpu", "jobs", "unit")
 CHECKING_CALLS = re.compile(r"(^|\.)(raises|warns|fail|assert_\w+)$")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,8 +23,133 @@ pytestmark = pytest.mark.local_ray
 
 # Needs neither Ray nor a model.
 SHORT_PAGE = "docs/explanation/anchors.md"
+# The bucket that the pages' examples name.
+BUCKET = "bucket"
 # They bring about what later commands need.
 RUN_BY_SHELL = ("cat", "cp", "head", "ls", "mkdir", "mv", "python", "rm", "tail", "unzip")
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder `data` as pages begin with: eight training, four validation, six test images."""
+    # The packages of the extra `demo` are imported only where they are needed.
+    from retinaray.demo.scenes import make_scene_set
+
+    folder = tmp_path_factory.mktemp("scenes") / "data"
+    make_scene_set(folder, num_train=8, num_val=4, num_test=6, image_size=(96, 128))
+    return folder
+
+
+@pytest.fixture
+def page_folder(
+    tmp_path: Path, scenes: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """The folder in which a reader stands: `data/` and the repository's `jobs/`."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    shutil.copytree(scenes, folder / "data")
+    (folder / "jobs").symlink_to(repository / "jobs", target_is_directory=True)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, scenes: Path) -> Path:
+    """Weights of a small network that finds boxes in every image, wherever they are."""
+    import torch
+
+    from retinaray.artifact import dump_weights
+    from retinaray.assembly.training import make_card, read_inputs
+    from retinaray.config.loading import load_from_dict
+    from retinaray.config.schema import TrainJob
+
+    path = tmp_path_factory.mktemp("model") / "model.pth"
+    tree: dict[str, Any] = {
+        "output": str(path),
+        "model": {"backbone": "ResNet10FPN", "fpn_channels": 16, "head_depth": 0},
+        "data": {
+            "images": str(scenes / "images"),
+            "annotations": str(scenes / "train.json"),
+            "size": [64, 96],
+        },
+    }
+    job = load_from_dict(TrainJob, tree)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        card, model = make_card(job, read_inputs(job), run_id="untrained")
+    weights = model.state_dict()
+    # Scores about 0.1 that differ: enough for what compares files, and for thresholds.
+    weights["class_head.output.bias"].fill_(-2.2)
+    weights["class_head.output.weight"].mul_(20)
+    path.write_bytes(dump_weights(card, weights))
+    return path
+
+
+@pytest.fixture(scope="module")
+def ray_cluster(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Ray on this machine, shared by all pages."""
+    from retinaray.distributed.resources import connect
+
+    server = request.getfixturevalue("s3_server")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        # Workers inherit the credentials; the address comes with the command.
+        for name, value in server.environment().items():
+            patch.setenv(name, value)
+        patch.delenv("AWS_ENDPOINT_URL", raising=False)
+        with connect(min_cpus=2) as cluster:
+            yield cluster
+
+
+@pytest.fixture
+def prepare(
+    page_folder: Path, request: pytest.FixtureRequest
+) -> Callable[[Any, Any], tuple[str, ...]]:
+    """Bring about what a command's setups name; gives the arguments that it takes besides.
+
+    A page's files are made once, before the first block that names them.
+    """
+    made: set[str] = set()
+
+    def bring(command: Any, page: Any) -> tuple[str, ...]:
+        arguments: tuple[str, ...] = ()
+        for name in command.setups:
+            if name not in made:
+                _make_setup(name, page, page_folder, request)
+                made.add(name)
+            if name == "s3" and any("s3://" in word for word in command.words):
+                server = request.getfixturevalue("s3_server")
+                arguments = ("--endpoint-url", server.endpoint_url)
+        return arguments
+
+    return bring
+
+
+def _make_setup(name: str, page: Any, folder: Path, request: pytest.FixtureRequest) -> None:
+    if name in page.files:
+        (folder / name).write_text(page.files[name], encoding="utf-8")
+    elif name == "s3":
+        _fill_bucket(request.getfixturevalue("s3_server"), folder)
+    else:
+        # Asked for when it is needed: it takes torch.
+        shutil.copy(request.getfixturevalue("tiny_model"), folder / "model.pth")
+        if name == "model.onnx":
+            _run_quietly(["export", "model.pth", "model.onnx"])
+
+
+def _run_quietly(argv: list[str]) -> None:
+    from retinaray.cli import main
+
+    assert main([*argv, "--json", "--quiet"]) == 0
+
+
+def _fill_bucket(server: Any, folder: Path) -> None:
+    from retinaray.storage import Storage
+
+    server.create_bucket(BUCKET)
+    storage = Storage(endpoint_url=server.endpoint_url)
+    for path in sorted((folder / "data" / "images").iterdir()):
+        storage.write_bytes(f"s3://{BUCKET}/images/{path.name}", path.read_bytes())
 
 
 @pytest.fixture(autouse=True)

@@ -94,11 +94,12 @@ def check_host_room(
     for node in fit:
         count = count_on_node(workers, num_processes, node, num_nodes=num_nodes)
         needed = NODE_BASE_BYTES + count * worker_bytes + store_bytes // num_nodes
-        note = f"{count} workers, {format_bytes(NODE_BASE_BYTES)} for Ray and the driver"
+        workers_here = "1 worker" if count == 1 else f"{count} workers"
+        note = f"{workers_here}, {format_bytes(NODE_BASE_BYTES)} for Ray and the driver"
         sheet.estimate("host memory per node", _name(node), needed, note)
         if needed > node.memory_bytes * _USABLE_HOST_SHARE:
             sheet.miss(
-                f"{node.name}: has {format_bytes(node.memory_bytes)} of memory, {count} workers "
+                f"{node.name}: has {format_bytes(node.memory_bytes)} of memory, {workers_here} "
                 f"and Ray need about {format_bytes(needed)}: fewer workers per machine, a smaller "
                 "batch, or machines with more memory"
             )

@@ -279,7 +279,8 @@ def _class_count_problem(tables: CocoTables, num_classes: int) -> str:
     more = ", ..." if len(tables.categories) > len(listed) else ""
     return (
         f"num_classes is {num_classes}, but `categories` has {len(tables.categories)}: "
-        f"{', '.join(listed)}{more}; background is not counted"
+        f"{', '.join(listed)}{more}; background is not counted: "
+        f"give --classes {len(tables.categories)}, or leave it out"
     )
 
 

@@ -142,15 +142,16 @@ def repair_dataset(
 def _write_atomically(document: Entry, target: Path) -> None:
     partial_path = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with partial_path.open("w", encoding="ascii") as file:
             file.write(json.dumps(document))
             file.flush()
             os.fsync(file.fileno())
         partial_path.replace(target)
     except OSError as error:
+        if partial_path.exists():
+            partial_path.unlink()
         raise DatasetError(f"cannot write {target}: {error}") from error
-    finally:
-        partial_path.unlink(missing_ok=True)
 
 
 def _unify_ids(repair: _Repair) -> None:

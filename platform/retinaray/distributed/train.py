@@ -76,7 +76,7 @@ class TrainOutcome:
     def to_text(self) -> str:
         """A few lines for people."""
         score = self.metrics.get("AP")
-        kept = "last weights (no validation set)"
+        kept = "last weights, no validation set"
         if score is not None:
             kept = f"epoch {self.metrics['epoch']:.4g}, validation AP {score:.3f}"
             kept += f", AP50 {self.metrics['AP50']:.3f}"

@@ -191,8 +191,9 @@ def test_measure_training_agrees_with_a_real_step(
         again.step()
         return again
 
-    # A processor's bfloat16 convolutions have a workspace, which the plan cannot know.
-    assert planned.peak == pytest.approx(find_peak(train), rel=0.03 if kind == "adamw" else 0.07)
+    # What the plan cannot know: a processor's bfloat16 convolutions have a workspace, its others
+    # give the gradient of a weight in another layout, which is copied.
+    assert planned.peak == pytest.approx(find_peak(train), rel=0.07)
 
 
 def test_measure_training_keeps_norms_in_float32_on_gpus() -> None:
@@ -463,7 +464,7 @@ def test_run_plan_says_everything_that_a_training_lacks_at_once(
     assert lines[3].startswith(
         "4 CPUs, 1 GPUs: a GPU has about 6.56 GiB, its workers need about 7.6 GiB"
     )
-    assert lines[4].startswith("4 CPUs, 1 GPUs: has 6 GiB of memory, 1 workers and Ray need about")
+    assert lines[4].startswith("4 CPUs, 1 GPUs: has 6 GiB of memory, 1 worker and Ray need about")
 
 
 @pytest.mark.usefixtures("measured")
@@ -625,7 +626,7 @@ def test_main_prints_the_plan_and_returns_one_when_something_is_missing(
     assert cli.main([*argv, "(cpu=2,mem=1GiB)", "--json"]) == 1
     shown = capsys.readouterr()
     assert (
-        "has 1 GiB of memory, 1 workers and Ray need about" in json.loads(shown.out)["missing"][0]
+        "has 1 GiB of memory, 1 worker and Ray need about" in json.loads(shown.out)["missing"][0]
     )
     assert shown.err == ""
     assert cli.main([*argv, "(cpu=2,mem=16GiB)", "--with=--bacth 4"]) == 2

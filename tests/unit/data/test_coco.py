@@ -239,7 +239,8 @@ def test_load_coco_lists_every_kind_of_fault_with_counts_and_examples() -> None:
     assert lines[2].startswith("  - unknown_image, 5 in all: annotation 4 of image 77")
     assert lines[2].count("annotation ") == 3
     assert lines[3] == (
-        "  - num_classes is 5, but `categories` has 2: 7 plate, 3 car; background is not counted"
+        "  - num_classes is 5, but `categories` has 2: 7 plate, 3 car; background is not counted: "
+        "give --classes 2, or leave it out"
     )
 
 

@@ -239,8 +239,15 @@ def test_repair_dataset_names_the_input_when_it_is_absent(tmp_path: Path) -> Non
     assert (tmp_path / "out.json").read_text() == "old"
 
 
-def test_repair_dataset_names_the_output_when_its_folder_is_absent(tmp_path: Path) -> None:
+def test_repair_dataset_makes_the_folder_of_its_output(tmp_path: Path) -> None:
     (tmp_path / "in.json").write_text(json.dumps(dataset()))
+    repair_dataset(tmp_path / "in.json", None, tmp_path / "new" / "folder" / "out.json")
+    assert json.loads((tmp_path / "new" / "folder" / "out.json").read_text())["images"]
+
+
+def test_repair_dataset_names_the_output_when_its_folder_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "in.json").write_text(json.dumps(dataset()))
+    (tmp_path / "none").write_text("")
     with pytest.raises(DatasetError, match=r"cannot write .*none/out\.json"):
         repair_dataset(tmp_path / "in.json", None, tmp_path / "none" / "out.json")
 

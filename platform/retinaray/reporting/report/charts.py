@@ -174,7 +174,11 @@ def _limit_axes(panel: Any, axes: Axes) -> None:
     if axes.x_range is not None:
         panel.set_xlim(*axes.x_range)
     if axes.y_range is not None:
-        panel.set_ylim(*axes.y_range)
+        low, high = axes.y_range
+        if high is None:
+            # Nothing but its lower end has no height that could be drawn.
+            high = max(panel.get_ylim()[1], low + 1e-6)
+        panel.set_ylim(low, high)
 
 
 def _thin_out(line: Line) -> Line:
