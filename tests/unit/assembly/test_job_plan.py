@@ -625,9 +625,7 @@ def test_main_prints_the_plan_and_returns_one_when_something_is_missing(
     assert shown.err.startswith("evaluate on 1 x 2 CPUs, 0 GPUs\nwork\n")
     assert cli.main([*argv, "(cpu=2,mem=1GiB)", "--json"]) == 1
     shown = capsys.readouterr()
-    assert (
-        "has 1 GiB of memory, 1 worker and Ray need about" in json.loads(shown.out)["missing"][0]
-    )
+    assert "has 1 GiB of memory, 1 worker and Ray need about" in json.loads(shown.out)["missing"][0]
     assert shown.err == ""
     assert cli.main([*argv, "(cpu=2,mem=16GiB)", "--with=--bacth 4"]) == 2
     assert "nearest: --batch" in capsys.readouterr().err
