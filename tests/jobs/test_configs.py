@@ -29,7 +29,7 @@ def _job_class(path: Path) -> type[Job]:
 
 
 def test_all_files_are_seen() -> None:
-    assert len(ALL_YAMLS) == 7
+    assert len(ALL_YAMLS) == 9
     assert [path.stem for path in ALL_SCRIPTS] == ["evaluate", "export", "infer", "train", "tune"]
 
 

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 
-from retinaray.assembly.job_plan_files import (
-    FileFacts,
-    assume_files,
-    describe_absent,
-    inspect_training_files,
-)
+from retinaray.assembly.job_plan_facts import TrainingFacts, learn_facts
 from retinaray.assembly.job_plan_memory import StepShape, TrainingMemory, measure_training
 from retinaray.assembly.job_plan_nodes import NodeKind
 from retinaray.assembly.job_plan_room import (
@@ -35,52 +30,17 @@ from retinaray.assembly.job_plan_workers import (
 )
 from retinaray.assembly.training import (
     DEFAULT_EPOCHS,
-    TrainingInputs,
-    check_objective,
     choose_autocast,
     count_steps,
     make_anchor_spec,
     make_loop_settings,
-    read_inputs,
 )
-from retinaray.config.loading import load_from_dict, to_dict
 from retinaray.config.plan_schema import PlanJob
 from retinaray.config.schema import TrainJob, TuneJob
 from retinaray.detector.retinanet import RetinaNet
-from retinaray.errors import ClusterError, ConfigError, DatasetError, StorageError
+from retinaray.errors import ClusterError
 from retinaray.reporting.plan_table import PlanSheet
-from retinaray.storage import Storage, is_s3
 from retinaray.training.loop import plan_checkpoints
-
-_ASSUMED_CLASSES = 80
-_ASSUMED_BOXES = 20
-
-
-@dataclass(frozen=True)
-class TrainingFacts:
-    """What is known of the data of a training.
-
-    Attributes:
-        num_images: Training images; none = unknown.
-        num_val_images: Validation images; 0 without.
-        num_classes: Classes.
-        canvas: Network height and width.
-        num_boxes: Most boxes of one image.
-        largest_pixels: Of the largest image; none = unknown.
-        files: Its files.
-        val_files: Those of the validation set.
-        assumed: What of it nobody has read, for people; empty = everything is known.
-    """
-
-    num_images: int | None
-    num_val_images: int
-    num_classes: int
-    canvas: tuple[int, int]
-    num_boxes: int
-    largest_pixels: int | None
-    files: FileFacts
-    val_files: FileFacts
-    assumed: str = ""
 
 
 def plan_train(
@@ -95,7 +55,7 @@ def plan_train(
         cluster: What they are together.
         sheet: Gets figures, and what is missing.
     """
-    facts = _learn_facts(job, plan, sheet)
+    facts = learn_facts(job, plan, sheet)
     workers, num_trials_at_once = _place_workers(job, cluster, sheet)
     memory = _measure(job, facts, is_on_gpu=workers.num_gpus > 0, is_here=cluster.is_local)
     _add_work(job, facts, sheet)
@@ -106,82 +66,6 @@ def plan_train(
         check_gpu_room(memory.peak, 1, nodes, sheet)
     check_host_room(host_bytes, workers, num_processes, nodes, sheet)
     _add_traffic(job, facts, memory, workers, sheet)
-
-
-def _learn_facts(job: TrainJob, plan: PlanJob, sheet: PlanSheet) -> TrainingFacts:
-    if is_s3(job.output):
-        sheet.miss(f"output={job.output!r}: expected a local path, which all nodes mount")
-    inputs = _read_as_far_as_possible(job, sheet)
-    if inputs is None:
-        resize, max_size = job.data.resize, job.data.max_size
-        canvas = job.data.size or (math.ceil(resize / 32) * 32, math.ceil(max_size / 32) * 32)
-        num_classes = job.data.classes or _ASSUMED_CLASSES
-        return TrainingFacts(
-            num_images=plan.num_images,
-            num_val_images=0,
-            num_classes=num_classes,
-            canvas=canvas,
-            num_boxes=_ASSUMED_BOXES,
-            largest_pixels=None,
-            files=assume_files(plan.num_images or 0, plan.image_bytes),
-            val_files=assume_files(0, plan.image_bytes),
-            assumed=f"annotations unread: {num_classes} classes, landscape images",
-        )
-    train, val = inputs.train, inputs.val
-    inspect = partial(
-        inspect_training_files,
-        storage=Storage(endpoint_url=job.reading.endpoint_url),
-        limit=plan.max_listed,
-        image_bytes=plan.image_bytes,
-    )
-    val_root = job.data.val_images or job.data.images
-    nobody = assume_files(0, plan.image_bytes)
-    counts = (len(train.targets(index).boxes_xyxy) for index in range(len(train)))
-    return TrainingFacts(
-        num_images=len(train),
-        num_val_images=len(val or ()),
-        num_classes=len(train.categories),
-        canvas=inputs.canvas,
-        num_boxes=max(counts),
-        largest_pixels=max(record.height * record.width for record in train.images),
-        files=_look(lambda: inspect(train, job.data.images), job.data.images, len(train), sheet)
-        or assume_files(len(train), plan.image_bytes),
-        val_files=nobody
-        if val is None
-        else _look(lambda: inspect(val, val_root), val_root, len(val), sheet)
-        or assume_files(len(val), plan.image_bytes),
-    )
-
-
-def _read_as_far_as_possible(job: TrainJob, sheet: PlanSheet) -> TrainingInputs | None:
-    """Both annotation files, or the training set's alone, or none; says what could not be read."""
-    try:
-        inputs = read_inputs(job)
-    except (DatasetError, StorageError) as error:
-        sheet.miss(str(error))
-        if job.data.val_annotations is None:
-            return None
-        changes = {"data.val_annotations": None, "data.val_images": None}
-        tree = {key: value for key, value in to_dict(job).items() if key in TrainJob.model_fields}
-        return _read_as_far_as_possible(load_from_dict(TrainJob, tree, changes), sheet)
-    try:
-        check_objective(job, inputs)
-    except ConfigError as error:
-        sheet.miss(str(error))
-    return inputs
-
-
-def _look(
-    inspect: Callable[[], FileFacts], root: str, num_images: int, sheet: PlanSheet
-) -> FileFacts | None:
-    try:
-        facts = inspect()
-    except StorageError as error:
-        sheet.miss(f"{num_images:,} images: {error}")
-        return None
-    if facts.num_absent:
-        sheet.miss(describe_absent(facts, root))
-    return facts
 
 
 def count_trials(job: TuneJob) -> int:
@@ -265,7 +149,7 @@ def _measure(
     # Processors elsewhere are taken for such without bf16, which need more.
     shape = StepShape(
         batch=max(1, job.run.batch // job.run.workers // job.run.accumulate),
-        canvas=facts.canvas,
+        canvas=facts.train_canvas,
         num_boxes=facts.num_boxes,
         autocast_dtype=autocast,
         is_on_gpu=is_on_gpu,
@@ -282,6 +166,9 @@ def _measure(
 def _add_work(job: TrainJob, facts: TrainingFacts, sheet: PlanSheet) -> None:
     height, width = facts.canvas
     sheet.add("work", "canvas", f"{height}x{width}", facts.assumed or "height x width")
+    if facts.train_canvas != facts.canvas:
+        height, width = facts.train_canvas
+        sheet.add("work", "training_canvas", f"{height}x{width}", "of the training batches")
     sheet.add("work", "classes", facts.num_classes, facts.assumed)
     if facts.num_images is None:
         sheet.miss("the number of training images is unknown: give --num-images")
@@ -339,7 +226,7 @@ def _add_host_memory(
     sheet: PlanSheet,
 ) -> int:
     """Bytes of host memory of one worker with its loaders."""
-    height, width = facts.canvas
+    height, width = facts.train_canvas
     batch_bytes = 3 * height * width * (job.run.batch // job.run.workers)
     has_gpu = workers.num_gpus > 0
     loaders = count_loaders(

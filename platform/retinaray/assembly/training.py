@@ -282,6 +282,7 @@ def make_loader(
         max_pixels=job.reading.max_pixels,
         allow_truncated=job.reading.allow_truncated,
         turns_for_portraits=job.data.two_canvases,
+        fit=inputs.canvas if job.data.windows else None,
         decoded=decoded,
     )
     sampler = StreamSampler(

@@ -36,6 +36,7 @@ def read_inputs(job: TrainJob) -> TrainingInputs:
     """Read both annotation files and choose the canvas.
 
     Raises:
+        ConfigError: If the windows are larger than the canvas.
         DatasetError: If a file is unusable, the sets name different categories, or there is nothing
             to learn.
         StorageError: If a file cannot be read.
@@ -64,7 +65,20 @@ def read_inputs(job: TrainJob) -> TrainingInputs:
                 f"{data.val_annotations} has other categories than {data.annotations}: "
                 f"{_differing(train, val)}; both need the same ids and names"
             )
-    return TrainingInputs(train=train, val=val, canvas=choose_job_canvas(job, train))
+    canvas = choose_job_canvas(job, train)
+    _check_windows(job, canvas)
+    return TrainingInputs(train=train, val=val, canvas=canvas)
+
+
+def _check_windows(job: TrainJob, canvas: tuple[int, int]) -> None:
+    windows = job.data.windows
+    if windows is None or (windows[0] <= canvas[0] and windows[1] <= canvas[1]):
+        return
+    raise ConfigError(
+        f"data.windows={windows} (--windows) is larger than the {canvas[0]}x{canvas[1]} (height x "
+        f"width) that --resize {job.data.resize} --max-size {job.data.max_size} give these images: "
+        "there is nothing to cut a window from; make it smaller, or drop it"
+    )
 
 
 def choose_job_canvas(job: TrainJob, train: CocoDataset) -> tuple[int, int]:
@@ -89,6 +103,8 @@ def choose_job_canvas(job: TrainJob, train: CocoDataset) -> tuple[int, int]:
 
 def choose_training_canvas(job: TrainJob, inputs: TrainingInputs) -> tuple[int, int]:
     """Canvas of the training batches; with two canvases that of images wider than high."""
+    if job.data.windows is not None:
+        return job.data.windows
     if not job.data.two_canvases:
         return inputs.canvas
     return _choose_landscape_canvas(job, _list_sides(inputs.train))

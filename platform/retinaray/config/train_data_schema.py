@@ -34,6 +34,10 @@ class TrainDataConfig(Config):
     two_canvases: Annotated[bool, Flag("--two-canvases")] = False
     """Train images that are higher than wide in batches of their own, on a canvas turned upright:
     less padding where both shapes occur. Validation and the model have one canvas for both."""
+    windows: Annotated[Size | None, Flag("--windows", unit="px", metavar="H W")] = None
+    """Train on windows of this height and width, cut at random from the resized images and mostly
+    around an object: small objects at full size in the memory of a small canvas. Validation and the
+    model keep the whole canvas; none = whole images."""
     on_bad_box: Annotated[Literal["drop", "error"], Flag("--on-bad-box")] = "drop"
     """Boxes without area, outside the image or not finite: leave out with a warning, or refuse
     the set."""
@@ -74,6 +78,20 @@ class TrainDataConfig(Config):
                     not self.two_canvases or self.size is None,
                     f"data.two_canvases=true with data.size={self.size}: both canvases follow from "
                     "the images; drop --size, or --two-canvases",
+                ),
+                (
+                    self.windows is None or not self.two_canvases,
+                    f"data.windows={self.windows} with data.two_canvases=true: windows have one "
+                    "shape whatever the images have; drop --two-canvases",
+                ),
+                (
+                    self.windows is None
+                    or self.size is None
+                    or all(
+                        part <= side for part, side in zip(self.windows, self.size, strict=True)
+                    ),
+                    f"data.windows={self.windows} is larger than data.size={self.size}: there is "
+                    "nothing to cut a window from; make --windows smaller, or drop it",
                 ),
                 (
                     self.cache is None or "://" not in self.cache,

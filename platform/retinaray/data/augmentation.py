@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image, ImageEnhance
 
 from retinaray.data.transforms import fit_size, resize_pixels
@@ -18,6 +18,8 @@ from retinaray.data.transforms import fit_size, resize_pixels
 MIN_VISIBLE_SHARE = 0.3
 _CROP_TRIES = 10
 _MIN_CROP_SIDE = 0.4
+# The others show what surrounds the objects, where false positives come from.
+_WINDOWS_ON_OBJECTS = 0.75
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def draw_plan(
     boxes_xyxy: Float[np.ndarray, "M 4"],
     canvas_height: int,
     canvas_width: int,
+    fit: tuple[int, int] | None = None,
 ) -> AugmentPlan:
     """Draw what happens to one image.
 
@@ -90,24 +93,39 @@ def draw_plan(
         height: Upright height of the original.
         width: Upright width of the original.
         boxes_xyxy: Ground truth in original pixels; a crop keeps at least one of them whole.
-        canvas_height: Height of the network canvas.
-        canvas_width: Width of the network canvas.
+        canvas_height: Height of the canvas.
+        canvas_width: Width of the canvas.
+        fit: Height and width that the image is fitted to where the canvas is a window onto it; none
+            = the canvas.
 
     Returns:
-        The plan; with default settings it is the plain letterbox.
+        The plan; with default settings it is the plain letterbox. A window is anywhere for one in
+        four images, and holds the centre of an object drawn at random for the others.
     """
     window = (0, 0, width, height)
     if rng.random() < settings.crop:
         window = _draw_window(rng, height, width, boxes_xyxy)
-    fitted = fit_size(window[3] - window[1], window[2] - window[0], canvas_height, canvas_width)
+    fit_height, fit_width = fit or (canvas_height, canvas_width)
+    fitted = fit_size(window[3] - window[1], window[2] - window[0], fit_height, fit_width)
     factor = float(np.exp(rng.uniform(*np.log(settings.scale_range))))
     scaled_height, scaled_width = (max(1, int(side * factor)) for side in fitted)
+    ranges = np.array(
+        [(0, max(0, scaled_width - canvas_width)), (0, max(0, scaled_height - canvas_height))]
+    )
+    if fit is not None and rng.random() < _WINDOWS_ON_OBJECTS:
+        scale = np.array([scaled_width, scaled_height]) / (np.array(window[2:]) - window[:2])
+        ranges = _narrow_to_object(
+            rng,
+            ranges,
+            (boxes_xyxy - (window[:2] * 2)) * np.tile(scale, 2),
+            (canvas_width, canvas_height),
+        )
     return AugmentPlan(
         window=window,
         scaled_height=scaled_height,
         scaled_width=scaled_width,
-        offset_x=int(rng.integers(0, max(0, scaled_width - canvas_width) + 1)),
-        offset_y=int(rng.integers(0, max(0, scaled_height - canvas_height) + 1)),
+        offset_x=int(rng.integers(ranges[0, 0], ranges[0, 1] + 1)),
+        offset_y=int(rng.integers(ranges[1, 0], ranges[1, 1] + 1)),
         is_flipped=bool(rng.random() < settings.flip),
         is_vertically_flipped=bool(rng.random() < settings.vertical_flip),
         colour=(
@@ -135,6 +153,29 @@ def _draw_window(
         if len(boxes_xyxy) == 0 or is_whole.any():
             return left, top, right, bottom
     return 0, 0, width, height
+
+
+def _narrow_to_object(
+    rng: np.random.Generator,
+    ranges: Int[np.ndarray, "2 2"],
+    boxes_xyxy: Float[np.ndarray, "M 4"],
+    canvas_xy: tuple[int, int],
+) -> Int[np.ndarray, "2 2"]:
+    """Offsets (x and y, first and last) at which the canvas holds the centre of a random box.
+
+    Args:
+        rng: Source of the choice.
+        ranges: All offsets.
+        boxes_xyxy: In pixels of the resized part; none, or none with its centre there = `ranges`.
+        canvas_xy: Width and height of the canvas.
+    """
+    centres = (boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2
+    is_inside = ((centres >= 0) & (centres < ranges[:, 1] + canvas_xy)).all(1)
+    if not is_inside.any():
+        return ranges
+    centre = np.floor(rng.choice(centres[is_inside])).astype(np.int64)
+    first = np.maximum(ranges[:, 0], centre - canvas_xy + 1)
+    return np.stack([np.minimum(first, ranges[:, 1]), np.minimum(ranges[:, 1], centre)], axis=1)
 
 
 def needed_size(plan: AugmentPlan, height: int, width: int) -> tuple[int, int]:

@@ -223,6 +223,8 @@ class TrainingDataset(Dataset[Sample]):
         allow_truncated: Accept files that end early.
         turns_for_portraits: Images that are higher than wide have the canvas turned by 90 degrees:
             its width as their height.
+        fit: Height and width that images are fitted to where the canvas is a window onto them; none
+            = the canvas.
         decoded: Decodes in the place of `read`, by the same `max_pixels` and `allow_truncated`;
             none = without a cache of pixels.
     """
@@ -239,6 +241,7 @@ class TrainingDataset(Dataset[Sample]):
         max_pixels: int,
         allow_truncated: bool,
         turns_for_portraits: bool = False,
+        fit: tuple[int, int] | None = None,
         decoded: DecodedCache | None = None,
     ) -> None:
         self._dataset = dataset
@@ -250,6 +253,7 @@ class TrainingDataset(Dataset[Sample]):
         self._max_pixels = max_pixels
         self._allow_truncated = allow_truncated
         self._turns_for_portraits = turns_for_portraits
+        self._fit = fit
         self._decoded = decoded
 
     def __len__(self) -> int:
@@ -290,6 +294,7 @@ class TrainingDataset(Dataset[Sample]):
             boxes_xyxy=targets.boxes_xyxy,
             canvas_height=height,
             canvas_width=width,
+            fit=self._fit,
         )
         pixels = self._read_pixels(position, needed_size(plan, record.height, record.width))
         canvas = apply_plan(

@@ -35,6 +35,7 @@ from retinaray.assembly.job_plan_memory import (
 from retinaray.assembly.job_plan_nodes import describe_this_machine, resolve_nodes
 from retinaray.assembly.job_plan_room import check_gpu_room, check_host_room
 from retinaray.assembly.training import count_steps, make_card, make_loader, read_inputs
+from retinaray.assembly.training_inputs import choose_training_canvas
 from retinaray.config.loading import load_from_argv, load_from_dict, to_dict, to_yaml
 from retinaray.config.plan_schema import PlanJob, parse_nodes
 from retinaray.config.schema import InferJob, TrainJob, TuneJob
@@ -446,6 +447,30 @@ def test_run_plan_counts_steps_as_the_sampler_does(
     assert figures["traffic"]["checkpoint_bytes"] == 2000 * MIB
     assert outcome.exit_code == 0
     assert outcome.to_text().endswith("fits")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"data.windows": (32, 64)}, (32, 64)),
+        ({"data.two_canvases": True, "data.size": None}, None),
+    ],
+)
+def test_run_plan_measures_a_step_on_the_canvas_of_the_training(
+    make_train_job: Callable[..., TrainJob],
+    plan_job: Callable[..., PlanOutcome],
+    measured: list[tuple[StepShape, dict[str, Any]]],
+    changes: dict[str, object],
+    expected: tuple[int, int] | None,
+) -> None:
+    job = make_train_job({"run.epochs": 3, "run.batch": 2, "output": "m.pth", **changes})
+    inputs = read_inputs(job)
+    work = figures_of(plan_job(job, "--nodes", BIG_NODE))["work"]
+    ((shape, _),) = measured
+    assert shape.canvas == (expected or choose_training_canvas(job, inputs))
+    if expected:
+        assert work["training_canvas"] == f"{expected[0]}x{expected[1]}"
+        assert work["canvas"] == f"{inputs.canvas[0]}x{inputs.canvas[1]}"
 
 
 @pytest.mark.usefixtures("measured")

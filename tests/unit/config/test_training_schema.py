@@ -41,6 +41,16 @@ from retinaray.config.schema import (
             {"annotations": "a", "two_canvases": True, "size": (64, 96)},
             r"two_canvases=true with data\.size=\(64, 96\)",
         ),
+        (
+            TrainDataConfig,
+            {"annotations": "a", "windows": (96, 64), "size": (64, 96)},
+            r"windows=\(96, 64\) is larger than data\.size=\(64, 96\)",
+        ),
+        (
+            TrainDataConfig,
+            {"annotations": "a", "windows": (64, 64), "two_canvases": True},
+            r"windows=\(64, 64\) with data\.two_canvases=true",
+        ),
         (ModelConfig, {"freeze_at": 5}, "less than or equal to 4"),
     ],
 )
