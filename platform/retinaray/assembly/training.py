@@ -316,7 +316,8 @@ def make_augment_settings(job: TrainJob) -> AugmentSettings:
     scale_range = (0.8, 1.25)
     if augment.jitter is not None:
         low, high = augment.jitter
-        scale_range = (low / job.data.resize, high / job.data.resize)
+        short_side = min(job.data.size) if job.data.size else job.data.resize
+        scale_range = (low / short_side, high / short_side)
     return AugmentSettings(
         flip=augment.flip,
         vertical_flip=augment.vertical_flip,

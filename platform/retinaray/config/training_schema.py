@@ -140,8 +140,8 @@ class AugmentConfig(Config):
         tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None,
         Flag("--jitter", unit="px", metavar="MIN MAX"),
     ] = None
-    """Short side drawn from this range; none = 0.8 to 1.25 times --resize; equal numbers turn it
-    off."""
+    """Short side drawn from this range; none = 0.8 to 1.25 times --resize, or the short side of
+    --size; equal numbers turn it off."""
     crop: Annotated[float, Field(ge=0, le=1), Flag("--crop", unit="probability")] = 0.3
     """Zoom into a random part that keeps at least one box whole."""
     brightness: Annotated[float, Field(ge=0, le=1), Flag("--augment-brightness")] = 0.2

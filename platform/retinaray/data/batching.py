@@ -30,7 +30,7 @@ from retinaray.data.coco import CocoDataset, ImageRecord, resolve_image_uri
 from retinaray.data.decoded_cache import DecodedCache
 from retinaray.data.image_decoding import DecodedImage, decode_image
 from retinaray.data.input_cost import CostWatch, InputCost
-from retinaray.errors import DatasetError, ImageError, StorageError
+from retinaray.errors import DatasetError, ImageError, StorageError, UnreadableFileError
 
 StreamIndex = tuple[int, int]
 """Epoch, and position of the image in the data set."""
@@ -263,7 +263,9 @@ class TrainingDataset(Dataset[Sample]):
         """One sample.
 
         Raises:
-            DatasetError: If the image cannot be read or decoded; the text names file and id.
+            DatasetError: If the image is absent, unreadable or cannot be decoded; the text names
+                file and id.
+            StorageError: If its storage does not answer; the text names both, too.
         """
         worker = get_worker_info()
         watch = CostWatch(0 if worker is None else worker.num_workers)
@@ -321,8 +323,11 @@ class TrainingDataset(Dataset[Sample]):
         uri = resolve_image_uri(self._images_root, record.file_name)
         try:
             decoded = self._decode(uri, record, fit)
-        except (ImageError, StorageError) as error:
+        except (ImageError, UnreadableFileError) as error:
             raise DatasetError(f"image {record.image_id!r} ({uri}): {error}") from error
+        except StorageError as error:
+            # It may be there again at the next try.
+            raise StorageError(f"image {record.image_id!r} ({uri}): {error}") from error
         if (decoded.full_height, decoded.full_width) != (record.height, record.width):
             raise DatasetError(
                 f"image {record.image_id!r} ({uri}): the file is "

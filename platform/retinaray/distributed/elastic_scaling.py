@@ -12,6 +12,8 @@ from ray.train.v2._internal.execution.scaling_policy import (
 )
 from ray.train.v2.api.config import ScalingConfig
 
+from retinaray.distributed.failure_policy import MendableFailurePolicy
+
 _LOOK_S = 10.0
 """Nodes that came or went are noticed after so long."""
 
@@ -98,6 +100,9 @@ class RunTrainer(TorchTrainer):
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         if self._policy is not None:
             options["scaling_policy"] = self._policy
+        options["failure_policy"] = MendableFailurePolicy(
+            self.run_config.failure_config  # type: ignore[arg-type]  # of Ray's second generation
+        )
         return super()._initialize_and_run_controller(**options)  # type: ignore[misc]
 
 

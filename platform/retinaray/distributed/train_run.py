@@ -18,6 +18,7 @@ from retinaray.assembly.job_plan_workers import CHECKPOINTS_KEPT, WorkerPlan
 from retinaray.config.loading import to_dict
 from retinaray.config.schema import TrainJob
 from retinaray.distributed.elastic_scaling import BatchScalingPolicy, RunTrainer, make_scaling
+from retinaray.distributed.failure_policy import find_users_fault
 from retinaray.distributed.notices import NoticeOnSigterm
 from retinaray.distributed.reporting import follow_events
 from retinaray.distributed.run_store import RAY_RUN_NAME, RunStore
@@ -91,6 +92,9 @@ def run_workers(
 
     Raises:
         ClusterError: If the training failed more often than allowed, or made no checkpoint.
+        ConfigError: If a worker cannot do what the settings ask for.
+        DatasetError: If an image cannot be used.
+        CheckpointError: If a checkpoint cannot be used.
     """
     setup = RunSetup(
         run_id=run_id,
@@ -118,6 +122,9 @@ def fit_workers(job: TrainJob, plan: WorkerPlan, setup: RunSetup) -> Any:
 
     Raises:
         ClusterError: If the training failed more often than allowed, or made no checkpoint.
+        ConfigError: If a worker cannot do what the settings ask for.
+        DatasetError: If an image cannot be used.
+        CheckpointError: If a checkpoint cannot be used.
     """
     # A drained node is noticed after so long; Ray's own interval is longer than some notices.
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
@@ -135,6 +142,9 @@ def fit_workers(job: TrainJob, plan: WorkerPlan, setup: RunSetup) -> Any:
             setup.events.handle({"kind": "failure", "num_workers": plan.num_workers})
             logger.warning("Ray's controller failed, the training is taken up again: %s", error)
         except ray.train.TrainingFailedError as error:
+            fault = find_users_fault(error)
+            if fault is not None:
+                raise fault from error
             raise ClusterError(f"training failed: {_find_cause(error)}") from error
     if result.checkpoint is None and result.return_value != "stopped":
         raise ClusterError(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,17 +15,22 @@ from retinaray.reporting.input_watch import InputWatch
 
 logger = logging.getLogger(__name__)
 
+# A picture takes half a second; those of a training of many short epochs would add up.
+_REDRAW_S = 30.0
+
 
 class TrainingLog:
     """Writes every report of a training into its run folder; appends when the training is resumed.
 
-    Warns once when the reports say that the training waits for its images.
+    Warns once when the reports say that the training waits for its images. The picture is drawn at
+    the end, and anew at validations while the training runs.
 
     Args:
         folder: Run folder; made when absent.
+        clock: Seconds.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -35,6 +41,8 @@ class TrainingLog:
             self._lines.write("\n")
         self._events = SummaryWriter(str(folder / "tensorboard"))
         self._input_watch = InputWatch()
+        self._clock = clock
+        self._drawn_at = clock()
 
     def __enter__(self) -> TrainingLog:
         return self
@@ -57,11 +65,17 @@ class TrainingLog:
         advice = self._input_watch.judge(event) if event["kind"] == "progress" else None
         if advice is not None:
             logger.warning("%s", advice)
+        if event["kind"] == "validation" and self._clock() - self._drawn_at > _REDRAW_S:
+            self._draw()
 
     def close(self) -> None:
         """Finish the files and draw the curves."""
         self._lines.close()
         self._events.close()
+        self._draw()
+
+    def _draw(self) -> None:
+        self._drawn_at = self._clock()
         draw_training_curves(read_events(self._folder), self._folder / "loss.png")
 
 

@@ -333,6 +333,8 @@ def test_make_augment_settings_turns_jitter_into_a_factor(make_train_job: JobFac
     settings = make_augment_settings(job)
     assert settings.scale_range == (0.5, 1.5)
     assert (settings.mosaic, settings.flip, settings.hue) == (0.25, 0.5, 0.02)
+    sized = make_train_job({"augment.jitter": [96, 192], "data.size": [128, 96]})
+    assert make_augment_settings(sized).scale_range == (1, 2), "of the canvas, not of --resize"
 
 
 def test_choose_autocast_follows_the_request_then_the_processor(

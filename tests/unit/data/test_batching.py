@@ -27,7 +27,7 @@ from retinaray.data.batching import (
 from retinaray.data.coco import CocoDataset, load_coco
 from retinaray.data.input_cost import InputCost
 from retinaray.data.transforms import letterbox
-from retinaray.errors import DatasetError, StorageError
+from retinaray.errors import DatasetError, MissingFileError, StorageError
 
 # Class i is drawn in colour i; which channels are lit tells them apart even where they blend.
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)]
@@ -66,7 +66,7 @@ def read_file(uri: str) -> bytes:
     try:
         return FILES[uri]
     except KeyError as error:
-        raise StorageError(f"no file at {uri}") from error
+        raise MissingFileError(f"no file at {uri}") from error
 
 
 def document_of(images: list[dict[str, Any]], annotations: list[dict[str, Any]]) -> CocoDataset:
@@ -410,3 +410,14 @@ def test_dataset_refuses_by_file_and_id_when_a_file_is_missing(
         match=r"image 100 \(s3://bucket/train/0\.png\): no file at s3://bucket/train/0",
     ):
         dataset_of(coco)[0, 0]
+
+
+def test_dataset_refuses_by_file_and_id_when_its_storage_does_not_answer(
+    coco: CocoDataset,
+) -> None:
+    def read(uri: str) -> bytes:
+        raise StorageError(f"{uri}: 503 Slow Down")
+
+    # Not a fault of the set: a run may try again.
+    with pytest.raises(StorageError, match=r"image 100 \(s3://bucket/train/0\.png\): .*503"):
+        dataset_of(coco, read=read)[0, 0]

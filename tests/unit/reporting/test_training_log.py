@@ -89,3 +89,23 @@ def test_the_curves_are_drawn_when_the_training_fails(tmp_path: Path, make_progr
     with pytest.raises(KeyboardInterrupt):
         fail_after_a_report()
     assert (tmp_path / "loss.png").exists()
+
+
+def test_log_draws_at_validations_while_the_training_runs_but_not_at_each(
+    tmp_path: Path, make_progress: Event, make_validation: Event
+) -> None:
+    now = 100.0
+    picture = tmp_path / "loss.png"
+    with TrainingLog(tmp_path, clock=lambda: now) as log:
+        log.write(make_progress(5))
+        log.write(make_progress(10))
+        log.write(make_validation(10, 0.1))
+        assert not picture.exists(), "the training began a moment ago"
+        now = 131.0
+        log.write(make_validation(20, 0.2))
+        assert picture.read_bytes()[:4] == b"\x89PNG"
+        picture.unlink()
+        now = 160.0
+        log.write(make_validation(30, 0.3))
+        assert not picture.exists(), "29 s after the last one"
+    assert picture.exists()

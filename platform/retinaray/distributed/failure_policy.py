@@ -1,0 +1,43 @@
+"""Which failures of workers are worth another try."""
+
+from __future__ import annotations
+
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
+from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+
+from retinaray.errors import CheckpointError, ConfigError, DatasetError, RetinarayError
+
+# What a person has to mend: the next try would end the same way, after minutes.
+_USERS_FAULTS = (ConfigError, DatasetError, CheckpointError)
+
+
+class MendableFailurePolicy(DefaultFailurePolicy):
+    """Ray's counting of failures, but for those that no other try can mend.
+
+    Lives in Ray's controller.
+    """
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        """Whether the workers are started again."""
+        if find_users_fault(training_failed_error) is not None:
+            return FailureDecision.RAISE
+        decision: FailureDecision = super().make_decision(training_failed_error)
+        return decision
+
+
+def find_users_fault(error: BaseException) -> RetinarayError | None:
+    """The fault of settings or data that a worker met, in its own words; none = something else."""
+    if not isinstance(error, WorkerGroupError):
+        return None
+    for failure in error.worker_failures.values():
+        fault = getattr(failure, "_base_exc", failure)
+        if isinstance(fault, _USERS_FAULTS):
+            return type(fault)(_strip_stack(fault))
+    return None
+
+
+def _strip_stack(fault: RetinarayError) -> str:
+    """The message without the stack that a loader's process puts before it."""
+    own = f"{type(fault).__module__}.{type(fault).__qualname__}: "
+    return str(fault).rpartition(own)[2].strip()
