@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,8 +9,21 @@ from pathlib import Path
 import pytest
 
 from retinaray.demo.embedded_s3 import EmbeddedS3
+from retinaray.terminal import LOG_HANDLER
 
 BUCKET = "retinaray-tests"
+
+
+@pytest.fixture(autouse=True)
+def _restore_logging() -> Iterator[None]:
+    """What a command sets up for its process ends with the test that ran it."""
+    root, own = logging.getLogger(), logging.getLogger("retinaray")
+    handlers, level = list(root.handlers), own.level
+    yield
+    for handler in list(root.handlers):
+        if handler.get_name() == LOG_HANDLER and handler not in handlers:
+            root.removeHandler(handler)
+    own.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -24,8 +24,10 @@ REPOSITORY = Path(__file__).parents[2]
 COMMAND = (sys.executable, "-m", "retinaray")
 # Starts as the command does, and waits where a runner would work.
 WAITING = """
-import sys, types, threading
+import signal, sys, types, threading
 from retinaray import cli
+# A shell's background job, as the tests may be one, ignores Ctrl-C, and so do its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 def run(job):
     sys.stderr.write("at work\\n")
     sys.stderr.flush()
@@ -200,6 +202,6 @@ def test_signal_ends_a_command_with_its_code_and_one_line(
         assert process.stderr is not None
         assert process.stderr.readline() == "at work\n"
         process.send_signal(number)
-        out, err = process.communicate()
+        out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (code, text)
     assert json.loads(out)["error"] == kind

@@ -323,22 +323,50 @@ def test_change_colours_gives_hand_computed_brightness_contrast_and_saturation()
     pixels = np.array([[[100, 60, 20], [20, 60, 100]]], dtype=np.uint8)
     brighter = change_colours(pixels, (1.5, 1.0, 1.0, 0.0))
     assert brighter.tolist() == [[[150, 90, 30], [30, 90, 150]]]
-    # Pillow's grey is (299 R + 587 G + 114 B) / 1000: 67.4 -> 67 and 52.6 -> 53, their mean 60.
-    flatter = change_colours(pixels, (1.0, 0.5, 1.0, 0.0))
-    assert flatter.tolist() == [[[80, 60, 40], [40, 60, 80]]]
+    brightest = change_colours(pixels, (3.0, 1.0, 1.0, 0.0))
+    assert brightest.tolist() == [[[255, 180, 60], [60, 180, 255]]]
+    # 0.299 R + 0.587 G + 0.114 B is 67.4 and 52.6; the mean of the image is that of its first
+    # pixel, which stands for sixteen.
     grey = change_colours(pixels, (1.0, 1.0, 0.0, 0.0))
     assert grey.tolist() == [[[67, 67, 67], [53, 53, 53]]]
+    flatter = change_colours(pixels, (1.0, 0.5, 1.0, 0.0))
+    assert flatter.tolist() == [[[84, 64, 44], [44, 64, 84]]]  # (x + 67.4) / 2
+    # 1.5 (x - 67.4) + 67.4 doubled by brightness before: 3 x - 67.4.
+    both = change_colours(pixels, (2.0, 1.5, 1.0, 0.0))
+    assert both.tolist() == [[[233, 113, 0], [0, 113, 233]]]
 
 
-@pytest.mark.parametrize("turn", [0.25, -0.25, 1 / 3, 0.5])
-def test_change_colours_turns_the_hue(turn: float) -> None:
-    pixels = np.array([[[200, 80, 80], [60, 180, 90]]], dtype=np.uint8)
+def test_change_colours_takes_the_mean_of_the_whole_image() -> None:
+    pixels = np.zeros((8, 8, 3), dtype=np.uint8)
+    pixels[:, 4:] = 100
+    flatter = change_colours(pixels, (1.0, 0.5, 1.0, 0.0))
+    assert (flatter[:, :4] == 25).all()
+    assert (flatter[:, 4:] == 75).all()
+
+
+@pytest.mark.parametrize(
+    ("turn", "expected"),
+    [(1 / 3, [90, 200, 40]), (-1 / 3, [40, 90, 200]), (0.5, [20, 180, 130]), (1.0, [200, 40, 90])],
+)
+def test_change_colours_turns_the_hue_by_hand(turn: float, expected: list[int]) -> None:
+    # Half a turn mirrors at the mean of the three: 2 * 110 - x.
+    pixels = np.array([[[200, 40, 90]]], dtype=np.uint8)
+    assert change_colours(pixels, (1.0, 1.0, 1.0, turn)).tolist() == [[expected]]
+
+
+@pytest.mark.parametrize("turn", [0.02, -0.02, 0.05, -0.05])
+def test_change_colours_turns_the_hue_of_photographs_as_hsv_does(turn: float) -> None:
+    rng = np.random.default_rng(0)
+    # Moderate saturation, as of photographs: no channel is clipped.
+    pixels = (rng.integers(90, 150, (6, 6, 1)) + rng.integers(-40, 41, (6, 6, 3))).astype(np.uint8)
     turned = change_colours(pixels, (1.0, 1.0, 1.0, turn))
-    for before, after in zip(pixels[0], turned[0], strict=True):
+    for before, after in zip(pixels.reshape(-1, 3), turned.reshape(-1, 3), strict=True):
         hue, saturation, value = colorsys.rgb_to_hsv(*(before / 255))
         expected = np.array(colorsys.hsv_to_rgb((hue + turn) % 1, saturation, value)) * 255
-        # Pillow keeps hue and saturation in 8 bits: a step of hue is 6 / 256 of a channel's range.
-        np.testing.assert_allclose(after, expected, rtol=0, atol=6)
+        np.testing.assert_allclose(after, expected, rtol=0, atol=1 + 200 * abs(turn))
+    # Greys have no hue.
+    grey = np.full((2, 2, 3), 77, dtype=np.uint8)
+    np.testing.assert_array_equal(change_colours(grey, (1.0, 1.0, 1.0, turn)), grey)
 
 
 def test_change_colours_keeps_shape_and_type_when_pixels_are_a_view() -> None:
