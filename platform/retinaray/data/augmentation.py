@@ -22,7 +22,7 @@ _MIN_CROP_SIDE = 0.4
 _WINDOWS_ON_OBJECTS = 0.75
 _GREY = np.array([0.299, 0.587, 0.114])
 # Every so many rows and columns are enough for the mean of an image.
-_MEAN_STRIDE = 4
+_MEAN_STRIDE = 8
 
 
 @dataclass(frozen=True)

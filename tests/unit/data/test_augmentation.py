@@ -326,7 +326,7 @@ def test_change_colours_gives_hand_computed_brightness_contrast_and_saturation()
     brightest = change_colours(pixels, (3.0, 1.0, 1.0, 0.0))
     assert brightest.tolist() == [[[255, 180, 60], [60, 180, 255]]]
     # 0.299 R + 0.587 G + 0.114 B is 67.4 and 52.6; the mean of the image is that of its first
-    # pixel, which stands for sixteen.
+    # pixel, which stands for its neighbours.
     grey = change_colours(pixels, (1.0, 1.0, 0.0, 0.0))
     assert grey.tolist() == [[[67, 67, 67], [53, 53, 53]]]
     flatter = change_colours(pixels, (1.0, 0.5, 1.0, 0.0))
@@ -337,11 +337,11 @@ def test_change_colours_gives_hand_computed_brightness_contrast_and_saturation()
 
 
 def test_change_colours_takes_the_mean_of_the_whole_image() -> None:
-    pixels = np.zeros((8, 8, 3), dtype=np.uint8)
-    pixels[:, 4:] = 100
+    pixels = np.zeros((32, 32, 3), dtype=np.uint8)
+    pixels[:, 16:] = 100
     flatter = change_colours(pixels, (1.0, 0.5, 1.0, 0.0))
-    assert (flatter[:, :4] == 25).all()
-    assert (flatter[:, 4:] == 75).all()
+    assert (flatter[:, :16] == 25).all()
+    assert (flatter[:, 16:] == 75).all()
 
 
 @pytest.mark.parametrize(
