@@ -25,13 +25,8 @@ from retinaray.assembly.training_inputs import (
 from retinaray.config.loading import load_from_dict, to_dict
 from retinaray.config.schema import AnchorConfig, TrainJob
 from retinaray.data.augmentation import AugmentSettings
-from retinaray.data.batching import (
-    Batch,
-    StreamSampler,
-    TrainingDataset,
-    collate_samples,
-    find_portraits,
-)
+from retinaray.data.batching import Batch, TrainingDataset, collate_samples
+from retinaray.data.stream_sampler import StreamSampler, find_portraits
 from retinaray.detector.anchors import AnchorSpec
 from retinaray.detector.backbone import load_backbone_state, share_statistics
 from retinaray.detector.retinanet import RetinaNet

@@ -17,15 +17,10 @@ from torch.utils.data import DataLoader
 
 from retinaray.data import input_cost
 from retinaray.data.augmentation import AugmentSettings
-from retinaray.data.batching import (
-    Batch,
-    Sample,
-    StreamSampler,
-    TrainingDataset,
-    collate_samples,
-)
+from retinaray.data.batching import Batch, Sample, TrainingDataset, collate_samples
 from retinaray.data.coco import CocoDataset, load_coco
 from retinaray.data.input_cost import InputCost
+from retinaray.data.stream_sampler import StreamSampler
 from retinaray.data.transforms import letterbox
 from retinaray.errors import DatasetError, MissingFileError, StorageError
 

@@ -15,12 +15,13 @@ from torch.utils.data import DataLoader
 
 from retinaray.data import decoded_cache
 from retinaray.data.augmentation import AugmentSettings
-from retinaray.data.batching import Batch, StreamSampler, TrainingDataset, collate_samples
+from retinaray.data.batching import Batch, TrainingDataset, collate_samples
 from retinaray.data.cache_folder import CacheFolder
 from retinaray.data.coco import CocoDataset, load_coco
 from retinaray.data.decoded_cache import DecodedCache
 from retinaray.data.image_decoding import decode_image, read_image_size
 from retinaray.data.read_cache import CheckedCache, ReadCache, VersionedBytes
+from retinaray.data.stream_sampler import StreamSampler
 from retinaray.errors import DatasetError, ImageError
 
 # EXIF-rotated, gray, CMYK, 16 bit of TIFF and PNG, palette, alpha, progressive, several frames; of

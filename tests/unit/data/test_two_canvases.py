@@ -14,7 +14,8 @@ import torch
 from retinaray.assembly.training import choose_training_canvas, make_loader, read_inputs
 from retinaray.config.loading import load_from_dict
 from retinaray.config.schema import TrainJob
-from retinaray.data.batching import Batch, StreamSampler
+from retinaray.data.batching import Batch
+from retinaray.data.stream_sampler import StreamSampler
 from retinaray.data.transforms import fit_size
 
 Step = list[tuple[int, int]]

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from retinaray.data.augmentation import AugmentSettings
-from retinaray.data.batching import Batch, StreamSampler, TrainingDataset, collate_samples
+from retinaray.data.batching import Batch, TrainingDataset, collate_samples
 from retinaray.data.coco import load_coco
+from retinaray.data.stream_sampler import StreamSampler
 from retinaray.training.loop import LoopSettings
 from retinaray.training.schedule import Schedule
 from retinaray.training.state import TrainingState

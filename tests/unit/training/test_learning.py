@@ -11,8 +11,9 @@ import torch
 
 from retinaray.artifact import ModelCard
 from retinaray.data.augmentation import AugmentSettings
-from retinaray.data.batching import StreamSampler, TrainingDataset, collate_samples
+from retinaray.data.batching import TrainingDataset, collate_samples
 from retinaray.data.coco import load_coco
+from retinaray.data.stream_sampler import StreamSampler
 from retinaray.detector.anchors import AnchorSpec
 from retinaray.evaluation.coco_map import evaluate_detections
 from retinaray.inference.pipeline import ImageSource, ReadSettings, detect_images
