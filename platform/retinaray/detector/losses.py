@@ -26,6 +26,7 @@ _TINY = torch.finfo(torch.float32).tiny
 # Logits in flight at once: what a processor's cache holds, and enough to keep a GPU busy.
 _PIECE = 1 << 18
 _GPU_PIECE = 1 << 24
+_HALF_VALUES = 1 << 16
 
 
 def focal_loss_sum(
@@ -74,18 +75,22 @@ class _FocalSum(torch.autograd.Function):
         # Half a float's digits are enough for a gradient, but float16's range is not.
         dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
         gradient = torch.empty_like(rows, dtype=dtype) if ctx.needs_input_grad[0] else None
-        background = _sum_background(
-            rows, (1 - alpha) * (classes != IGNORED), gamma=gamma, gradient=gradient
+        sum_background = _sum_background_by_table if _is_tabulated(rows) else _sum_background
+        background = sum_background(
+            rows, classes != IGNORED, weight=1 - alpha, gamma=gamma, gradient=gradient
         )
-        own_class = classes.clamp(min=0)[:, None]
-        own_logit = rows.gather(1, own_class)[:, 0].float()
+        # Places in the flat tensor: `scatter_` copies all of a bfloat16 tensor on a processor.
+        first = torch.arange(len(rows), device=rows.device) * rows.shape[1]
+        own = first + classes.clamp(min=0)
+        own_logit = rows.reshape(-1).index_select(0, own).float()
         # A foreground logit loses what a background logit of the opposite sign would.
         foreground, slope = _background_term(-own_logit, gamma)
         instead = (1 - alpha) * _background_term(own_logit, gamma)[0]
         if gradient is not None:
-            own = gradient.gather(1, own_class)[:, 0]
-            own = torch.where(is_foreground, (-alpha * slope).to(dtype), own)
-            gradient.scatter_(1, own_class, own[:, None])
+            flat = gradient.view(-1)
+            instead_slope = flat.index_select(0, own)
+            own_slope = torch.where(is_foreground, (-alpha * slope).to(dtype), instead_slope)
+            flat.index_copy_(0, own, own_slope)
         ctx.gradient, ctx.like = gradient, (logits.shape, logits.dtype)
         return background + torch.where(is_foreground, alpha * foreground - instead, 0.0).sum()
 
@@ -99,10 +104,54 @@ class _FocalSum(torch.autograd.Function):
         return gradient.to(dtype).reshape(shape), None, None, None
 
 
+def _is_tabulated(rows: Float[Tensor, "R K"]) -> bool:
+    """Whether logits are looked up: a processor takes longer for one logarithm than for both."""
+    return rows.device.type == "cpu" and rows.element_size() == 2 and rows.is_contiguous()
+
+
+def _sum_background_by_table(
+    rows: Float[Tensor, "R K"],
+    counts: Bool[Tensor, " R"],
+    *,
+    weight: float,
+    gamma: float,
+    gradient: Tensor | None,
+) -> Float[Tensor, ""]:
+    """As `_sum_background`, for floats of 16 bits: their values are few enough for a table."""
+    total = torch.zeros(())
+    losses, slopes = _tabulate_background(rows.dtype, weight=weight, gamma=gamma)
+    if gradient is not None:
+        slopes = slopes.to(gradient.dtype)
+    num_classes = rows.shape[1]
+    step = max(1, _PIECE // max(1, num_classes))
+    size = min(step, len(rows)) * num_classes
+    places, found = torch.empty(size, dtype=torch.int32), torch.empty(size)
+    for start in range(0, len(rows), step):
+        piece = slice(start, min(start + step, len(rows)))
+        count = (piece.stop - start) * num_classes
+        place, loss = places[:count], found[:count]
+        place.copy_(rows[piece].view(torch.int16).view(-1)).add_(_HALF_VALUES // 2)
+        place.view(-1, num_classes).masked_fill_(~counts[piece, None], _HALF_VALUES)
+        total += torch.index_select(losses, 0, place, out=loss).sum()
+        if gradient is not None:
+            torch.index_select(slopes, 0, place, out=gradient[piece].view(-1))
+    return total
+
+
+def _tabulate_background(
+    dtype: torch.dtype, *, weight: float, gamma: float
+) -> tuple[Float[Tensor, " values"], Float[Tensor, " values"]]:
+    """Loss and slope of every value of a type of 16 bits, in the order of its bits; at last 0."""
+    bits = torch.arange(-_HALF_VALUES // 2, _HALF_VALUES // 2, dtype=torch.int32)
+    loss, slope = _background_term(bits.to(torch.int16).view(dtype).float(), gamma)
+    return functional.pad(weight * loss, (0, 1)), functional.pad(weight * slope, (0, 1))
+
+
 def _sum_background(
     rows: Float[Tensor, "R K"],
-    weights: Float[Tensor, " R"],
+    counts: Bool[Tensor, " R"],
     *,
+    weight: float,
     gamma: float,
     gradient: Tensor | None,
 ) -> Float[Tensor, ""]:
@@ -110,11 +159,13 @@ def _sum_background(
 
     Args:
         rows: Logits.
-        weights: Of each row.
+        counts: Whether a row counts.
+        weight: Of all that do.
         gamma: Focusing power.
         gradient: Receives the sum's derivative, [R, K]; none = nobody wants it.
     """
     total = torch.zeros((), device=rows.device)
+    weights = weight * counts
     step = max(1, (_GPU_PIECE if rows.is_cuda else _PIECE) // max(1, rows.shape[1]))
     logit, power, loss, slope = (
         torch.empty(min(step, len(rows)), rows.shape[1], device=rows.device) for _ in range(4)
