@@ -68,19 +68,22 @@ def match_anchors(
     best_index = torch.zeros(num_images, num_anchors, dtype=torch.int64, device=best_iou.device)
     is_best = torch.zeros_like(best_index, dtype=torch.bool)
     is_covered = torch.zeros_like(is_best)
+    anchor_area = _area(anchors_xyxy)
     chunk = max(1, _MAX_OVERLAPS // max(1, num_images * num_anchors))
     for start in range(0, num_boxes, chunk):
         rows = slice(start, start + chunk)
-        iou, cover = _overlap(anchors_xyxy, boxes_xyxy[:, rows])
-        iou = iou * is_object[:, rows, None]
+        intersection, iou = _overlap(anchors_xyxy, boxes_xyxy[:, rows])
+        region = intersection.mul_(is_region[:, rows, None].to(iou.dtype)).amax(dim=1)
+        is_covered |= region >= _CROWD_COVER * anchor_area
+        iou.mul_(is_object[:, rows, None].to(iou.dtype))
         chunk_iou, chunk_index = iou.max(dim=1)
         is_better = chunk_iou > best_iou
         best_iou = torch.where(is_better, chunk_iou, best_iou)
         best_index = torch.where(is_better, chunk_index + start, best_index)
-        is_covered |= ((cover >= _CROWD_COVER) & is_region[:, rows, None]).any(dim=1)
         if keep_best_anchor:
             highest = iou.amax(dim=2, keepdim=True)
-            is_best |= ((iou == highest) & (highest > 0)).any(dim=1)
+            # No overlap is as high as infinity: a ground truth that no anchor touches claims none.
+            is_best |= (iou == torch.where(highest > 0, highest, torch.inf)).any(dim=1)
 
     is_foreground = (best_iou >= foreground_iou) | is_best
     is_ignored = (best_iou >= background_iou) | is_covered
@@ -91,12 +94,17 @@ def match_anchors(
 def _overlap(
     anchors_xyxy: Float[Tensor, "A 4"], boxes_xyxy: Float[Tensor, "N M 4"]
 ) -> tuple[Float[Tensor, "N M A"], Float[Tensor, "N M A"]]:
-    """IoU of each pair, and the share of the anchor that the box covers."""
+    """Intersection and IoU of each pair; in place, since what takes the time is memory."""
     ax1, ay1, ax2, ay2 = anchors_xyxy.unbind(-1)
     bx1, by1, bx2, by2 = boxes_xyxy[..., None].unbind(-2)
-    overlap_width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp_(min=0)
-    overlap_height = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp_(min=0)
-    intersection = overlap_width.mul_(overlap_height)
-    anchor_area = (ax2 - ax1) * (ay2 - ay1)
+    width = torch.minimum(ax2, bx2).sub_(torch.maximum(ax1, bx1)).clamp_(min=0)
+    height = torch.minimum(ay2, by2).sub_(torch.maximum(ay1, by1)).clamp_(min=0)
+    intersection = width.mul_(height)
     box_area = (bx2 - bx1) * (by2 - by1)
-    return intersection / (anchor_area + box_area - intersection), intersection / anchor_area
+    union = torch.add(_area(anchors_xyxy), box_area, out=height).sub_(intersection)
+    return intersection, torch.div(intersection, union, out=union)
+
+
+def _area(boxes_xyxy: Float[Tensor, "A 4"]) -> Float[Tensor, " A"]:
+    x1, y1, x2, y2 = boxes_xyxy.unbind(-1)
+    return (x2 - x1) * (y2 - y1)
