@@ -27,6 +27,7 @@ _PALETTE = (
 _TRUTH_COLOUR = (255, 255, 255)
 # Smaller pictures are enlarged so that lines and letters stay legible.
 _MIN_DRAWN_SIDE = 640
+_LEGIBLE_CONTRAST = 4.5
 
 
 def draw_detections(
@@ -65,19 +66,35 @@ def draw_detections(
         ordered = sorted(detections, key=lambda found: found["score"])
         positions = {identity: index for index, identity in enumerate(names)}
         colours = [_PALETTE[positions[d["category_id"]] % len(_PALETTE)] for d in ordered]
+        boxes = _corners(ordered) * scale
+        image = draw_bounding_boxes(image, boxes, colors=list(colours), width=line)
+        # The labels above all lines, which a crowded picture draws across each other.
         image = draw_bounding_boxes(
             image,
-            _corners(ordered) * scale,
+            boxes,
             labels=[f"{names[found['category_id']]} {found['score']:.2f}" for found in ordered],
-            colors=list(colours),
-            width=line,
+            width=0,
             font=_find_font(),
             font_size=max(12, line * 6),
-            label_colors="white",
+            label_colors=[choose_text_colour(colour) for colour in colours],
             label_background_colors=list(colours),
             fill_labels=True,
         )
     return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+
+
+def choose_text_colour(background: tuple[int, int, int]) -> tuple[int, int, int]:
+    """White where it is legible on an RGB colour, black elsewhere.
+
+    Source: contrast ratio of WCAG 2.2, (L1 + 0.05) / (L2 + 0.05) of relative luminances, which asks
+    for 4.5; where white has less, black has more.
+    """
+    linear = [
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
+        for c in (value / 255 for value in background)
+    ]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return (255, 255, 255) if 1.05 / (luminance + 0.05) >= _LEGIBLE_CONTRAST else (0, 0, 0)
 
 
 def write_contact_sheet(
