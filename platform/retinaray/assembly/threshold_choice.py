@@ -11,6 +11,7 @@ import numpy as np
 
 from retinaray.artifact import ModelCard
 from retinaray.data.coco import CategoryTable
+from retinaray.detector.postprocess import NmsKind
 from retinaray.evaluation.candidates import CandidateSet, DetectionSetting, apply_setting
 from retinaray.evaluation.detection_matches import index_ground_truth, match_candidates
 from retinaray.evaluation.operating_points import (
@@ -21,7 +22,7 @@ from retinaray.evaluation.operating_points import (
     thresholds_of,
 )
 from retinaray.evaluation.pr_curves import PrecisionRecallCurve, precision_recall_curves
-from retinaray.evaluation.threshold_sweep import SweepTable, sweep_thresholds
+from retinaray.evaluation.threshold_sweep import SweepTable, default_grid, sweep_thresholds
 
 # Far below any cap, so that the threshold of one class does not make room for another.
 _UNCAPPED = 1_000_000
@@ -87,6 +88,7 @@ def choose_thresholds(
     categories: CategoryTable,
     *,
     rule: str,
+    nms_kind: NmsKind | None = None,
 ) -> ThresholdChoice:
     """Sweep suppression by AP, then choose each class's threshold under the best.
 
@@ -95,13 +97,15 @@ def choose_thresholds(
         truth: Its ground truth.
         categories: The model's classes.
         rule: See `parse_rule`.
+        nms_kind: The only kind of suppression that is tried; none = see `default_grid`.
 
     Raises:
         ValueError: If the rule cannot be read, the ground truth has no boxes, or lacks what was
             detected.
     """
     start = time.monotonic()
-    table = sweep_thresholds(candidates, truth, categories)
+    grid = default_grid(len(categories), floor=candidates.floor, nms_kind=nms_kind)
+    table = sweep_thresholds(candidates, truth, categories, grid)
     sweep_s = time.monotonic() - start
     best = table.best_row
     if best.AP is None:

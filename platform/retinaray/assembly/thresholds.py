@@ -221,12 +221,12 @@ def _check_names(job: ThresholdsJob) -> None:
             f"test_images={job.test_images} is of no use without their ground truth: "
             "give --test-annotations, or leave it out"
         )
-    searched = ("score_threshold", "nms_iou", "nms_kind", "max_detections")
+    searched = ("score_threshold", "nms_iou", "max_detections")
     given = [name for name in searched if getattr(job.detection, name) is not None]
     if given:
         raise ConfigError(
             f"detection.{', detection.'.join(given)}: this is what `thresholds` searches: leave it "
-            "out"
+            "out (--nms narrows the search to one kind)"
         )
 
 
@@ -272,7 +272,11 @@ def _choose(job: ThresholdsJob, card: ModelCard, collected: _Collected) -> Thres
             "images that show the model's classes"
         )
     choice = choose_thresholds(
-        collected.candidates, collected.truth, card.categories, rule=job.rule
+        collected.candidates,
+        collected.truth,
+        card.categories,
+        rule=job.rule,
+        nms_kind=job.detection.nms_kind,
     )
     best = choice.table.best_row
     logger.info("%d settings tried, best AP %.3f", len(choice.table.rows), best.AP)

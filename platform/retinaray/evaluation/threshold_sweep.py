@@ -97,16 +97,23 @@ def _rank(row: SweepRow) -> tuple[float, ...]:
     )
 
 
-def default_grid(num_classes: int, *, floor: float = DEFAULT_FLOOR) -> SweepGrid:
+def default_grid(
+    num_classes: int, *, floor: float = DEFAULT_FLOOR, nms_kind: NmsKind | None = None
+) -> SweepGrid:
     """Several hundred settings around those that detectors are run with.
 
     Args:
         num_classes: With one class, agnostic suppression is class suppression and is left out.
         floor: Of the candidates: the lowest threshold that is tried.
+        nms_kind: The only kind that is tried; none = both that suppress.
     """
     kinds: tuple[NmsKind, ...] = ("class",) if num_classes == 1 else ("class", "agnostic")
+    if nms_kind is not None:
+        kinds = (nms_kind,)
+    # Where nothing is suppressed the IoU says nothing.
+    ious = _NMS_IOUS if nms_kind != "none" else (0.5,)
     return SweepGrid(
-        nms=tuple((kind, iou) for kind in kinds for iou in _NMS_IOUS),
+        nms=tuple((kind, iou) for kind in kinds for iou in ious),
         max_detections=_CAPS,
         score_thresholds=(floor, *(value for value in _THRESHOLDS if value > floor)),
     )

@@ -98,6 +98,17 @@ def test_run_thresholds_writes_a_model_that_evaluates_to_what_it_reports(
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
 
 
+@pytest.mark.parametrize("kind", ["class", "agnostic", "none"])
+def test_run_thresholds_tries_one_kind_of_suppression_when_it_is_told(
+    make_job: Callable[..., ThresholdsJob], tmp_path: Path, kind: str
+) -> None:
+    table = tmp_path / "sweep.csv"
+    outcome = run_thresholds(make_job({"detection.nms_kind": kind, "table": str(table)}))
+    assert outcome.best.nms_kind == kind
+    with table.open() as lines:
+        assert {row["nms_kind"] for row in csv.DictReader(lines)} == {kind}
+
+
 def test_run_thresholds_reports_the_same_thresholds_on_a_test_set(
     make_job: Callable[..., ThresholdsJob], truth: dict[str, Any], write_json: Callable[..., str]
 ) -> None:

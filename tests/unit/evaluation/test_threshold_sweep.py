@@ -65,6 +65,8 @@ def test_default_grid_starts_at_the_floor_and_leaves_agnostic_out_for_one_class(
     assert grid.score_thresholds[:2] == (0.03, 0.05)
     assert {kind for kind, _ in grid.nms} == {"class"}
     assert {kind for kind, _ in default_grid(2).nms} == {"class", "agnostic"}
+    assert {kind for kind, _ in default_grid(2, nms_kind="class").nms} == {"class"}
+    assert default_grid(2, nms_kind="none").nms == (("none", 0.5),)
 
 
 @pytest.mark.parametrize(
