@@ -91,7 +91,9 @@ def show_default(option: Option) -> str:
     """Write the default and the unit for the end of a help line, as in `[800 px]`."""
     unit = option.flag.unit if option.flag is not None else ""
     default = "required" if option.is_required else _show(option.default)
-    is_amount = default not in ("required", "none")
+    if option.default is None and "none" in option.shape.choices:
+        default = "not given"
+    is_amount = default not in ("required", "none", "not given")
     return f"[{(' ' if is_amount else '; ').join(part for part in (default, unit) if part)}]"
 
 

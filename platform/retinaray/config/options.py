@@ -239,7 +239,11 @@ def _as_section(field: FieldInfo) -> type[Config] | None:
 def _read_shape(field: FieldInfo) -> ValueShape:
     inner, metadata, is_optional = _peel(field.annotation, list(field.metadata))
     if get_origin(inner) is Literal:
-        return ValueShape("choice", is_optional=is_optional, choices=get_args(inner))
+        choices = get_args(inner)
+        # Where `none` is a choice, it is meant: whoever wants the default does not give the option.
+        return ValueShape(
+            "choice", is_optional=is_optional and "none" not in choices, choices=choices
+        )
     if get_origin(inner) is dict:
         return ValueShape("mapping", is_optional=is_optional)
     if get_origin(inner) is not tuple:

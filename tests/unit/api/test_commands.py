@@ -139,7 +139,7 @@ def test_functions_read_config_files_below_their_arguments(jobs: list[Job], tmp_
     (job,) = jobs
     assert isinstance(job, EvaluateJob)
     assert (job.model, job.batch) == ("m.pth", 3)
-    assert (job.detection.nms_iou, job.detection.nms_kind) == (0.6, None)
+    assert (job.detection.nms_iou, job.detection.nms_kind) == (0.6, "none")
 
 
 def test_a_loaded_model_stands_for_its_file_and_settings(

@@ -504,3 +504,11 @@ def test_help_and_wrong_settings_import_neither_torch_nor_ray_nor_numpy() -> Non
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_word_none_is_a_choice_where_it_is_one() -> None:
+    given = ["m.pth", "--images", "i"]
+    assert load_from_argv(InferJob, [*given, "--nms", "none"]).detection.nms_kind == "none"
+    assert load_from_argv(InferJob, given).detection.nms_kind is None
+    # Elsewhere it is the absence of a value.
+    assert load_from_argv(InferJob, [*given, "--size", "none"]).detection.size is None

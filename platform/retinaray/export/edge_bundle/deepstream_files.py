@@ -165,8 +165,8 @@ def _cluster_lines(card: ModelCard) -> str:
     if card.nms_kind not in lines:
         raise ExportError(
             f"nms_kind={card.nms_kind!r}: nvinfer suppresses overlaps class by class or not at "
-            "all: choose again with `retinaray thresholds --nms class --output MODEL`, and bundle that "
-            "one"
+            "all: choose again with `retinaray thresholds --nms class --output MODEL` and bundle "
+            "that one"
         )
     return lines[card.nms_kind]
 
