@@ -105,6 +105,44 @@ def test_focal_loss_sum_computes_in_float32_when_logits_are_bfloat16() -> None:
     torch.testing.assert_close(ours_in.grad.double(), theirs_in.grad, rtol=2**-8, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gamma", [0.0, 1.5, 2.0])
+def test_focal_loss_sum_knows_every_finite_value_of_16_bits(
+    dtype: torch.dtype, gamma: float
+) -> None:
+    bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    values = bits.view(dtype)
+    values = values[values.isfinite()]
+    values = torch.cat((values, values[: -len(values) % 5])).reshape(1, -1, 5)
+    classes = torch.full(values.shape[:2], BACKGROUND)
+    looked_up = values.clone().requires_grad_()
+    computed = values.double().requires_grad_()
+    focal_loss_sum(looked_up, classes, gamma=gamma).backward()
+    torchvision_focal(computed, classes, 0.25, gamma).backward()
+    assert looked_up.grad is not None
+    assert computed.grad is not None
+    torch.testing.assert_close(
+        looked_up.grad.double(),
+        computed.grad,
+        rtol=2**-8 if dtype == torch.bfloat16 else 2**-10,
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_focal_loss_sum_is_not_finite_when_a_logit_of_16_bits_is_not(
+    dtype: torch.dtype, value: float
+) -> None:
+    logits = random_logits(9, 1.0, dtype)
+    logits[0, 0, 0] = value
+    classes = torch.full((2, 60), BACKGROUND)
+    assert not focal_loss_sum(logits, classes).isfinite()
+    # An ignored anchor says nothing, whatever it holds.
+    classes[0, 0] = IGNORED
+    assert focal_loss_sum(logits, classes).isfinite()
+
+
 def test_focal_loss_sum_is_zero_when_all_anchors_are_ignored() -> None:
     logits = random_logits(4, 10.0).requires_grad_()
     loss = focal_loss_sum(logits, torch.full((2, 60), IGNORED))
@@ -260,11 +298,14 @@ def test_losses_stay_finite_when_a_box_is_degenerate(
         assert torch.isfinite(gradient).all()
 
 
-def test_focal_loss_sum_is_the_same_in_pieces_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_focal_loss_sum_is_the_same_in_pieces_of_any_size(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
     found = []
     for piece in (1, 100, 1 << 18):
         monkeypatch.setattr(losses, "_PIECE", piece)
-        logits = random_logits(5, 3.0).requires_grad_()
+        logits = random_logits(5, 3.0, dtype).requires_grad_()
         loss = focal_loss_sum(logits, random_classes(6))
         loss.backward()
         found.append((loss.detach(), logits.grad))
