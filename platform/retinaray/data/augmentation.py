@@ -77,6 +77,19 @@ class AugmentPlan:
     colour: tuple[float, float, float, float]
 
 
+@dataclass(frozen=True)
+class Surroundings:
+    """What a canvas that is a window onto an image is cut from.
+
+    Attributes:
+        fit: Height and width that the whole image is fitted to.
+        class_indices: Class of each box; none = all of one class.
+    """
+
+    fit: tuple[int, int]
+    class_indices: Int[np.ndarray, " M"] | None = None
+
+
 def draw_plan(
     rng: np.random.Generator,
     settings: AugmentSettings,
@@ -86,7 +99,7 @@ def draw_plan(
     boxes_xyxy: Float[np.ndarray, "M 4"],
     canvas_height: int,
     canvas_width: int,
-    fit: tuple[int, int] | None = None,
+    around: Surroundings | None = None,
 ) -> AugmentPlan:
     """Draw what happens to one image.
 
@@ -98,29 +111,30 @@ def draw_plan(
         boxes_xyxy: Ground truth in original pixels; a crop keeps at least one of them whole.
         canvas_height: Height of the canvas.
         canvas_width: Width of the canvas.
-        fit: Height and width that the image is fitted to where the canvas is a window onto it; none
-            = the canvas.
+        around: Where the canvas is a window onto the image; none = the image is fitted to it.
 
     Returns:
         The plan; with default settings it is the plain letterbox. A window is anywhere for one in
-        four images, and holds the centre of an object drawn at random for the others.
+        four images. For the others it holds the centre of an object: of a class drawn among those
+        in the image, so that the rare ones are seen as often as the others beside them.
     """
     window = (0, 0, width, height)
     if rng.random() < settings.crop:
         window = _draw_window(rng, height, width, boxes_xyxy)
-    fit_height, fit_width = fit or (canvas_height, canvas_width)
+    fit_height, fit_width = around.fit if around else (canvas_height, canvas_width)
     fitted = fit_size(window[3] - window[1], window[2] - window[0], fit_height, fit_width)
     factor = float(np.exp(rng.uniform(*np.log(settings.scale_range))))
     scaled_height, scaled_width = (max(1, int(side * factor)) for side in fitted)
     ranges = np.array(
         [(0, max(0, scaled_width - canvas_width)), (0, max(0, scaled_height - canvas_height))]
     )
-    if fit is not None and rng.random() < _WINDOWS_ON_OBJECTS:
+    if around is not None and rng.random() < _WINDOWS_ON_OBJECTS:
         scale = np.array([scaled_width, scaled_height]) / (np.array(window[2:]) - window[:2])
         ranges = _narrow_to_object(
             rng,
             ranges,
             (boxes_xyxy - (window[:2] * 2)) * np.tile(scale, 2),
+            around.class_indices,
             (canvas_width, canvas_height),
         )
     return AugmentPlan(
@@ -162,6 +176,7 @@ def _narrow_to_object(
     rng: np.random.Generator,
     ranges: Int[np.ndarray, "2 2"],
     boxes_xyxy: Float[np.ndarray, "M 4"],
+    class_indices: Int[np.ndarray, " M"] | None,
     canvas_xy: tuple[int, int],
 ) -> Int[np.ndarray, "2 2"]:
     """Offsets (x and y, first and last) at which the canvas holds the centre of a random box.
@@ -170,13 +185,17 @@ def _narrow_to_object(
         rng: Source of the choice.
         ranges: All offsets.
         boxes_xyxy: In pixels of the resized part; none, or none with its centre there = `ranges`.
+        class_indices: Of the boxes; a class is drawn before one of its boxes.
         canvas_xy: Width and height of the canvas.
     """
     centres = (boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2
-    is_inside = ((centres >= 0) & (centres < ranges[:, 1] + canvas_xy)).all(1)
-    if not is_inside.any():
+    inside = np.flatnonzero(((centres >= 0) & (centres < ranges[:, 1] + canvas_xy)).all(1))
+    if len(inside) == 0:
         return ranges
-    centre = np.floor(rng.choice(centres[is_inside])).astype(np.int64)
+    if class_indices is not None:
+        own = class_indices[inside]
+        inside = inside[own == rng.choice(np.unique(own))]
+    centre = np.floor(centres[rng.choice(inside)]).astype(np.int64)
     first = np.maximum(ranges[:, 0], centre - canvas_xy + 1)
     return np.stack([np.minimum(first, ranges[:, 1]), np.minimum(ranges[:, 1], centre)], axis=1)
 

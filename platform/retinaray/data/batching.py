@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from retinaray.data.augmentation import (
     AugmentSettings,
+    Surroundings,
     apply_plan,
     draw_plan,
     move_boxes,
@@ -208,7 +209,7 @@ class TrainingDataset(Dataset[Sample]):
             boxes_xyxy=targets.boxes_xyxy,
             canvas_height=height,
             canvas_width=width,
-            fit=self._fit,
+            around=Surroundings(self._fit, targets.class_indices) if self._fit else None,
         )
         pixels = self._read_pixels(position, needed_size(plan, record.height, record.width))
         canvas = apply_plan(

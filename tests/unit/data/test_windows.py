@@ -12,7 +12,7 @@ from PIL import Image
 from retinaray.assembly.training import make_loader, read_inputs
 from retinaray.config.loading import load_from_dict
 from retinaray.config.schema import TrainJob
-from retinaray.data.augmentation import AugmentSettings, draw_plan, move_boxes
+from retinaray.data.augmentation import AugmentSettings, Surroundings, draw_plan, move_boxes
 from retinaray.errors import ConfigError
 
 # Multiples of 32: the canvas of such images is as large as they are.
@@ -22,19 +22,22 @@ BOXES = np.array([[4, 6, 12, 16], [96, 40, 110, 52]], dtype=np.float32)
 
 
 def offsets_for(
-    boxes_xyxy: np.ndarray, *, window: tuple[int, int], **settings: float
+    boxes_xyxy: np.ndarray,
+    *,
+    window: tuple[int, int],
+    class_indices: np.ndarray | None = None,
 ) -> np.ndarray:
     """x and y of the windows of 400 draws on an image of 96x192 that is fitted to itself."""
     plans = [
         draw_plan(
             np.random.default_rng(seed),
-            AugmentSettings(**settings),  # type: ignore[arg-type]
+            AugmentSettings(),
             height=HEIGHT,
             width=WIDTH,
             boxes_xyxy=boxes_xyxy,
             canvas_height=window[0],
             canvas_width=window[1],
-            fit=(HEIGHT, WIDTH),
+            around=Surroundings((HEIGHT, WIDTH), class_indices),
         )
         for seed in range(400)
     ]
@@ -59,6 +62,20 @@ def test_three_windows_in_four_hold_an_object_and_each_object_has_its_share() ->
     assert holds[1].mean() == pytest.approx(0.375 + 0.25 * 0.163, abs=0.08)
 
 
+def test_rare_classes_are_seen_as_often_as_the_others_beside_them() -> None:
+    # Nine objects of a class in a corner, one of another in the opposite one.
+    crowd = np.array([[4 + i, 6, 12 + i, 16] for i in range(9)], dtype=np.float32)
+    boxes = np.concatenate((crowd, np.array([[170, 80, 180, 90]], dtype=np.float32)))
+
+    def share_that_holds_the_last(class_indices: np.ndarray | None) -> float:
+        offsets = offsets_for(boxes, window=(32, 48), class_indices=class_indices)
+        holds = ((offsets <= (175, 85)) & (offsets + np.array([48, 32]) > (175, 85))).all(-1)
+        return float(holds.mean())
+
+    assert share_that_holds_the_last(np.array([0] * 9 + [1])) == pytest.approx(0.375, abs=0.08)
+    assert share_that_holds_the_last(np.zeros(10, dtype=np.int64)) == pytest.approx(0.1, abs=0.06)
+
+
 def test_windows_of_an_image_without_objects_are_anywhere() -> None:
     offsets = offsets_for(np.zeros((0, 4), dtype=np.float32), window=(32, 48))
     assert offsets[:, 0].mean() == pytest.approx(72, abs=8)
@@ -79,7 +96,7 @@ def test_objects_that_a_window_cuts_to_a_stump_are_ignored() -> None:
         boxes_xyxy=np.array([[0, 0, WIDTH, HEIGHT]], dtype=np.float32),
         canvas_height=32,
         canvas_width=48,
-        fit=(HEIGHT, WIDTH),
+        around=Surroundings((HEIGHT, WIDTH)),
     )
     boxes, kept, is_stump = move_boxes(
         plan, np.array([[0, 0, WIDTH, HEIGHT]], dtype=np.float32), canvas_height=32, canvas_width=48
