@@ -35,13 +35,17 @@ PREPROCESSING = (
 
 @dataclass(frozen=True)
 class Architecture:
-    """What is needed to build the network before its weights are loaded; see `RetinaNet`."""
+    """What is needed to build the network before its weights are loaded; see `RetinaNet`.
+
+    Older files lack `has_head_norm` and mean False.
+    """
 
     backbone: str
     norm: str
     fpn_channels: int
     head_depth: int
     stride_in_1x1: bool
+    has_head_norm: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,7 @@ class ModelCard:
             fpn_channels=self.architecture.fpn_channels,
             head_depth=self.architecture.head_depth,
             stride_in_1x1=self.architecture.stride_in_1x1,
+            has_head_norm=self.architecture.has_head_norm,
         )
 
     def to_metadata(self) -> dict[str, str]:

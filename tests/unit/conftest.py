@@ -52,6 +52,7 @@ def make_tiny_card() -> Callable[..., ModelCard]:
         backbone: str = "ResNet10FPN",
         norm: str = "gn",
         head_depth: int = 1,
+        has_head_norm: bool = False,
         canvas: tuple[int, int] = TINY_CANVAS,
         anchors: AnchorSpec | None = None,
     ) -> ModelCard:
@@ -62,6 +63,7 @@ def make_tiny_card() -> Callable[..., ModelCard]:
                 fpn_channels=16,
                 head_depth=head_depth,
                 stride_in_1x1=False,
+                has_head_norm=has_head_norm,
             ),
             anchors=anchors or AnchorSpec(scales=(1.5, 2.5)),
             # Ids with gaps, so that an index taken for an id shows.

@@ -78,6 +78,29 @@ def test_from_metadata_reads_files_that_are_older_than_the_nms_kind(tiny_card: M
     assert card == tiny_card
 
 
+def test_from_metadata_reads_files_that_are_older_than_norms_in_the_heads(
+    tiny_card: ModelCard,
+) -> None:
+    metadata = tiny_card.to_metadata()
+    architecture = json.loads(metadata["retinaray.architecture"])
+    del architecture["has_head_norm"]
+    older = {**metadata, "retinaray.architecture": json.dumps(architecture)}
+    assert ModelCard.from_metadata(older, source="old.pth") == tiny_card
+
+
+def test_read_weights_gives_norms_in_the_heads_back(
+    make_tiny_card: Callable[..., ModelCard],
+) -> None:
+    card = make_tiny_card(head_depth=2, has_head_norm=True)
+    model = card.build_model()
+    norms = [m for m in model.class_head.tower if isinstance(m, torch.nn.GroupNorm)]
+    assert [norm.num_channels for norm in norms] == [16, 16]
+    again, loaded = read_weights(dump_weights(card, model.state_dict()), source="a.pth")
+    assert again == card
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+
+
 @pytest.mark.parametrize(
     ("key", "text", "message"),
     [

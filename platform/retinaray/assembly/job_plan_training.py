@@ -133,6 +133,7 @@ def make_network(job: TrainJob, num_classes: int) -> RetinaNet:
         fpn_channels=job.model.fpn_channels,
         head_depth=job.model.head_depth,
         stride_in_1x1=bool(job.model.stride_in_1x1),
+        has_head_norm=job.model.head_norm == "gn",
     )
     network.backbone.freeze(job.model.freeze_at)
     return network

@@ -137,6 +137,7 @@ def make_card(job: TrainJob, inputs: TrainingInputs, *, run_id: str) -> tuple[Mo
             fpn_channels=job.model.fpn_channels,
             head_depth=job.model.head_depth,
             stride_in_1x1=stride_in_1x1,
+            has_head_norm=job.model.head_norm == "gn",
         ),
         anchors=make_anchor_spec(job.anchors),
         categories=inputs.train.categories,

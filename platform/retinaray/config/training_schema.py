@@ -90,6 +90,8 @@ class ModelConfig(Config):
     """Width of the pyramid and of both heads."""
     head_depth: Annotated[int, Field(ge=0, le=8), Flag("--head-depth", unit="convolutions")] = 4
     """3x3 convolutions in each head before the output layer."""
+    head_norm: Annotated[Literal["none", "gn"], Flag("--head-norm")] = "none"
+    """Group norms behind these convolutions; none = as in the paper and in ODTK."""
 
     @property
     def is_random(self) -> bool:

@@ -97,12 +97,14 @@ def adopt_start(
     # What several workers do with its statistics is no part of the network.
     norm = "bn" if norm == "sync_bn" else norm
     is_same_kind = norm == found.norm or {norm, found.norm} <= set(_BATCH_NORMS)
+    head_norms = ["gn" if one.has_head_norm else "none" for one in (found, wanted)]
     faults = [
         f"it has {name} {theirs}, the settings {ours}: give {flag} {theirs}"
         for name, flag, theirs, ours in (
             ("backbone", "--backbone", found.backbone, wanted.backbone),
             ("fpn_channels", "--fpn-channels", found.fpn_channels, wanted.fpn_channels),
             ("head_depth", "--head-depth", found.head_depth, wanted.head_depth),
+            ("head_norm", "--head-norm", *head_norms),
             ("norm", "--norm", found.norm, found.norm if is_same_kind else norm),
             ("stride_in_1x1", "--model.stride_in_1x1", found.stride_in_1x1, stride),
         )

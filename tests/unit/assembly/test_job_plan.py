@@ -245,6 +245,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[StepShape, dict[str,
     [
         {},
         {"model.norm": "bn", "anchors.levels": "2-7", "model.fpn_channels": 32},
+        {"model.head_norm": "gn", "model.head_depth": 2},
         {"model.backbone": "ResNet50FPN", "model.stride_in_1x1": True, "model.head_depth": 2},
     ],
 )

@@ -62,13 +62,16 @@ def get_export(
     tiny_model: RetinaNet,
     tiny_onnx: bytes,
 ) -> Callable[[str], Export]:
-    """Three networks that between them have every norm, backbone, level, input and convention."""
+    """Four networks that between them have every norm, backbone, level, input and convention."""
 
     def make(name: str) -> Export:
         if name == "gn":
             settings = ExportSettings(canvas=(64, 96))
             return Export(tiny_card, tiny_model, settings, tiny_onnx, make_noise(settings.canvas))
-        if name == "bn":
+        if name == "head_norm":
+            card = make_tiny_card(num_classes=2, head_depth=2, has_head_norm=True)
+            settings = ExportSettings(canvas=(64, 64))
+        elif name == "bn":
             anchors = AnchorSpec(convention="odtk")
             card = make_tiny_card(num_classes=1000, norm="bn", head_depth=0, anchors=anchors)
             settings = ExportSettings(
@@ -92,9 +95,9 @@ def get_export(
     return cache(make)
 
 
-@pytest.fixture(scope="session", params=["gn", "bn", "mobilenet"])
+@pytest.fixture(scope="session", params=["gn", "bn", "mobilenet", "head_norm"])
 def export(request: pytest.FixtureRequest, get_export: Callable[[str], Export]) -> Export:
-    """Each of the three networks."""
+    """Each of the four networks."""
     return get_export(request.param)
 
 

@@ -134,7 +134,7 @@ def test_load_start_keeps_common_levels_when_the_finest_comes_or_goes(
 def test_adopt_start_names_each_flag_when_the_network_is_another(
     start: Start, make_tiny_card: MakeCard
 ) -> None:
-    card = make_tiny_card(backbone="ResNet18FPN", head_depth=3)
+    card = make_tiny_card(backbone="ResNet18FPN", head_depth=3, has_head_norm=True)
     with pytest.raises(CheckpointError) as caught:
         adopt_start(card, start, norm="gn", stride_in_1x1=True)
     text = str(caught.value)
@@ -142,6 +142,7 @@ def test_adopt_start_names_each_flag_when_the_network_is_another(
         "a.pth: cannot start this training",
         "it has backbone ResNet10FPN, the settings ResNet18FPN: give --backbone ResNet10FPN",
         "it has head_depth 1, the settings 3: give --head-depth 1",
+        "it has head_norm none, the settings gn: give --head-norm none",
         "it has norm bn, the settings gn: give --norm bn",
         "it has stride_in_1x1 False, the settings True: give --model.stride_in_1x1 False",
     ):
