@@ -17,7 +17,7 @@ from retinaray.artifact import read_weights
 from retinaray.config.loading import load_from_argv
 from retinaray.config.schema import TrainJob
 
-pytestmark = pytest.mark.local_ray
+pytestmark = [pytest.mark.local_ray, pytest.mark.slow]
 
 SWEEP = """
 output: sweep

@@ -29,6 +29,7 @@ ReadEvents = Callable[[Path, str], list[dict[str, Any]]]
 WaitUntil = Callable[[Callable[[], object], str], None]
 
 
+@pytest.mark.slow
 def test_a_stopped_training_keeps_its_steps_and_goes_on_even_from_a_damaged_last_checkpoint(
     reference: Tensors,
     make_long_job: Callable[..., TrainJob],
