@@ -2,14 +2,20 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import os
+import shutil
+import subprocess
+import sys
+import types
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from retinaray import cli
 from retinaray.demo.embedded_s3 import EmbeddedS3
-from retinaray.terminal import LOG_HANDLER
 
 BUCKET = "retinaray-tests"
 
@@ -20,10 +26,23 @@ def _restore_logging() -> Iterator[None]:
     root, own = logging.getLogger(), logging.getLogger("retinaray")
     handlers, level = list(root.handlers), own.level
     yield
-    for handler in list(root.handlers):
-        if handler.get_name() == LOG_HANDLER and handler not in handlers:
-            root.removeHandler(handler)
+    logging.captureWarnings(False)
+    root.handlers[:] = handlers
     own.setLevel(level)
+
+
+@pytest.fixture
+def put_runner(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any], object]], None]:
+    """Let a function answer the jobs of every command in place of its own runner."""
+
+    def put(run: Callable[[Any], object]) -> None:
+        module = types.ModuleType("put_runner")
+        vars(module)["run"] = run
+        monkeypatch.setitem(sys.modules, "put_runner", module)
+        for name, verb in cli.VERBS.items():
+            monkeypatch.setitem(cli.VERBS, name, cli.Verb(verb.job, "put_runner:run", verb.help))
+
+    return put
 
 
 @pytest.fixture(scope="session")
@@ -54,3 +73,69 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the real data sets in {folder}, which is absent")
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium without a window."""
+    reason = "needs the package playwright, which is not installed"
+    playwright = pytest.importorskip("playwright.sync_api", reason=reason)
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("needs Chromium, which is not installed")
+    with playwright.sync_playwright() as driver:
+        made = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def watch_page(browser: Any) -> Iterator[Callable[..., Any]]:
+    """Open a page in a context of its own: watch_page(url, allowed, **context's settings).
+
+    The test fails when a page says anything, or fetches what starts with none of `allowed`.
+    """
+    contexts, complaints = [], []
+
+    def open_in(url: str, allowed: tuple[str, ...], **settings: Any) -> Any:
+        def watch(request: Any) -> None:
+            if not request.url.startswith(allowed):
+                complaints.append(f"fetched {request.url}")
+
+        context = browser.new_context(**settings)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("dialog", lambda dialog: complaints.append(f"dialog: {dialog.message}"))
+        page.on("request", watch)
+        page.goto(url)
+        return page
+
+    yield open_in
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """A file system of 64 KiB; called with mount options, it is mounted again with these."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    if mount is None or os.geteuid() != 0:
+        pytest.skip("needs root and the program mount, to make a file system that can be full")
+    arguments = [mount, "-t", "tmpfs", "-o", "size=64k", "retinaray-test", str(folder)]
+    made = subprocess.run(arguments, check=False, capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"needs the right to mount a tmpfs: {made.stderr.strip()}")
+
+    def mount_again(options: str) -> Path:
+        subprocess.run([mount, "-o", f"remount,{options}", str(folder)], check=True)
+        return folder
+
+    try:
+        yield mount_again
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import re
 import textwrap
 from collections.abc import Iterator
 from typing import Any
 
+from cell_text import escape
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
@@ -88,13 +88,13 @@ def _write_command(verb: str) -> str:
     job_class = _load_job(verb)
     table = OptionTable(job_class)
     examples = "\n".join(map(_wrap_example, job_class.examples))
-    text = _escape(inspect.getdoc(job_class) or "")
+    text = escape(inspect.getdoc(job_class) or "")
     parts = [f"# retinaray {verb}", text, "## Examples", f"```sh\n{examples}\n```"]
     parts += ["## Input and output", _write_table(table, "")]
     for name, section in table.sections.items():
         rows = _write_table(table, name)
         if rows:
-            title = _escape((inspect.getdoc(section) or name).partition("\n")[0].rstrip("."))
+            title = escape((inspect.getdoc(section) or name).partition("\n")[0].rstrip("."))
             parts += [f"## {title} (`{name}`) {{ #{name.replace('.', '-')} }}", rows]
     if verb in _ODTK_VERBS:
         parts += ["## Flags of ODTK", _write_odtk_flags(verb, table)]
@@ -124,9 +124,9 @@ def _write_table(table: OptionTable, section: str) -> str:
 def _write_row(option: Option) -> str:
     cells = [
         "<br>".join(f"`{name}`" for name in _list_spellings(option)),
-        _escape(option.help),
-        _escape(_say_expected(option)),
-        _escape(show_default(option).strip("[]")),
+        escape(option.help),
+        escape(_say_expected(option)),
+        escape(show_default(option).strip("[]")),
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -159,7 +159,7 @@ def _write_odtk_flags(verb: str, table: OptionTable) -> str:
         if flag.change is not None:
             meaning = f"the same as `{flag.change[0]}={flag.change[1]}`"
         else:
-            meaning = _escape(f"refused: {flag.answer}") if flag.answer else "understood"
+            meaning = escape(f"refused: {flag.answer}") if flag.answer else "understood"
         rows.append(f"| `{name}` | {meaning} |")
     return "\n".join(["| flag | what becomes of it |", "| --- | --- |", *rows])
 
@@ -168,7 +168,7 @@ def _write_codes() -> str:
     rows = []
     for error in _walk_errors(errors.RetinarayError):
         fault = judge_error(error("..."))
-        text = _escape(" ".join((inspect.getdoc(error) or "").split()))
+        text = escape(" ".join((inspect.getdoc(error) or "").split()))
         rows.append(f"| `{error.__name__}` | {fault.exit_code if fault else ''} | {text} |")
     return "\n".join(
         [
@@ -194,13 +194,3 @@ def _walk_errors(error: Any) -> Iterator[Any]:
     for child in error.__subclasses__():
         yield child
         yield from _walk_errors(child)
-
-
-def _escape(text: str) -> str:
-    """Text for a cell of a table: nothing in it is markup, except code between backticks."""
-    pieces = re.split(r"(`[^`]*`)", text.replace("\n", " "))
-    shown = [
-        piece if piece.startswith("`") else re.sub(r"([*_|\[\]])", r"\\\1", piece)
-        for piece in pieces
-    ]
-    return "".join(shown).replace("<", "&lt;")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from cell_text import escape
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
@@ -244,8 +245,8 @@ def _write_json_lines(sources: Sources) -> str:
     for verb in VERBS:
         outcome = sources.find_outcome(verb)
         keys = list_keys(outcome, "to_json", sources)
-        rows = [f"| `{key}` | {_escape(said)} |" for key, said in keys.items()]
-        parts += [f"## {verb}", _escape(outcome.summary)]
+        rows = [f"| `{key}` | {escape(said)} |" for key, said in keys.items()]
+        parts += [f"## {verb}", escape(outcome.summary)]
         parts.append("\n".join(["| key | meaning |", "| --- | --- |", *rows]))
     return "\n\n".join(parts) + "\n"
 
@@ -262,20 +263,10 @@ def _write_files(sources: Sources, readme: str) -> str:
             shape = sources.find_class(module, name)
             meanings = shape.meanings
             rows = [
-                f"| `{field}` | {_escape(meanings.get(field, ''))} | `{kind}` |"
+                f"| `{field}` | {escape(meanings.get(field, ''))} | `{kind}` |"
                 for field, kind in shape.fields.items()
                 if not field.startswith("_")
             ]
             table = ["| field | meaning | type |", "| --- | --- | --- |", *rows]
-            parts += [f"**{name}.** {_escape(shape.summary)}", "\n".join(table)]
+            parts += [f"**{name}.** {escape(shape.summary)}", "\n".join(table)]
     return "\n\n".join(parts) + "\n"
-
-
-def _escape(text: str) -> str:
-    """Text for a cell of a table: nothing in it is markup, except code between backticks."""
-    pieces = re.split(r"(`[^`]*`)", text.replace("\n", " "))
-    shown = [
-        piece if piece.startswith("`") else re.sub(r"([*_|\[\]])", r"\\\1", piece)
-        for piece in pieces
-    ]
-    return "".join(shown).replace("<", "&lt;")

@@ -9,9 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import shutil
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -270,27 +268,3 @@ def _put_pipe(path: Path) -> None:
     fresh = path.with_name(f".{path.name}.pipe")
     os.mkfifo(fresh)
     fresh.replace(path)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """A file system of its own; called with another size in KiB, it becomes that large."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = shutil.which("mount")
-    if mount is None or os.geteuid() != 0:
-        pytest.skip("needs root and the program mount, to make a file system that can be full")
-    arguments = [mount, "-t", "tmpfs", "-o", "size=64k", "retinaray-test", str(folder)]
-    made = subprocess.run(arguments, check=False, capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"needs the right to mount a tmpfs: {made.stderr.strip()}")
-
-    def resize(size_kib: int) -> Path:
-        options = f"remount,size={size_kib}k"
-        subprocess.run([mount, "-o", options, str(folder)], check=True)
-        return folder
-
-    try:
-        yield resize
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)

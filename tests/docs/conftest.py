@@ -313,7 +313,10 @@ def list_keys() -> Callable[[str], set[str]]:
     contracts = importlib.util.module_from_spec(spec)
     # Its dataclasses look their module up.
     sys.modules[spec.name] = contracts
-    spec.loader.exec_module(contracts)
+    # As MkDocs does while it loads a hook.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(path.parent)
+        spec.loader.exec_module(contracts)
     sources = contracts.Sources(REPOSITORY / "platform")
     return lambda verb: set(contracts.list_keys(sources.find_outcome(verb), "to_json", sources))
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import re
-import sys
 import tomllib
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,19 +39,11 @@ class Judge:
 
 
 @pytest.fixture
-def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[Judge]:
-    """A runner that every verb calls instead of its own; the log is left as it was."""
+def judge(put_runner: Callable[[Callable[[Any], object]], None]) -> Judge:
+    """A runner that every verb calls instead of its own."""
     made = Judge()
-    module = types.ModuleType("docs_judge")
-    vars(module)["run"] = made.run
-    monkeypatch.setitem(sys.modules, "docs_judge", module)
-    for name, verb in cli.VERBS.items():
-        monkeypatch.setitem(cli.VERBS, name, cli.Verb(verb.job, "docs_judge:run", verb.help))
-    root, own = logging.getLogger(), logging.getLogger("retinaray")
-    handlers, level = list(root.handlers), own.level
-    yield made
-    root.handlers[:] = handlers
-    own.setLevel(level)
+    put_runner(made.run)
+    return made
 
 
 @pytest.fixture

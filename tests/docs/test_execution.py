@@ -6,7 +6,6 @@ What a page's directives leave out is left out here. One local Ray serves all pa
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -150,15 +149,6 @@ def _fill_bucket(server: Any, folder: Path) -> None:
     storage = Storage(endpoint_url=server.endpoint_url)
     for path in sorted((folder / "data" / "images").iterdir()):
         storage.write_bytes(f"s3://{BUCKET}/images/{path.name}", path.read_bytes())
-
-
-@pytest.fixture(autouse=True)
-def _restore_logging() -> Iterator[None]:
-    root, own = logging.getLogger(), logging.getLogger("retinaray")
-    handlers, level = list(root.handlers), own.level
-    yield
-    root.handlers[:] = handlers
-    own.setLevel(level)
 
 
 @pytest.fixture

@@ -278,45 +278,16 @@ def address(built: tuple[Path, str]) -> Iterator[str]:
         thread.join()
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Chromium without a window."""
-    reason = "needs the package playwright, which is not installed"
-    playwright = pytest.importorskip("playwright.sync_api", reason=reason)
-    program = shutil.which("chromium") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("needs Chromium, which is not installed")
-    with playwright.sync_playwright() as driver:
-        made = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield made
-        made.close()
-
-
 @pytest.fixture
-def open_page(browser: Any, address: str) -> Iterator[Callable[..., Any]]:
+def open_page(watch_page: Callable[..., Any], address: str) -> Callable[..., Any]:
     """Open a page: open_page(path, color_scheme=..., width=...); fails when it said anything."""
-    contexts, complaints = [], []
-
-    def watch(request: Any) -> None:
-        if not request.url.startswith((address, "data:", "blob:")):
-            complaints.append(f"fetched {request.url}")
 
     def open_in(path: str, *, color_scheme: str = "light", width: int = 1280) -> Any:
-        context = browser.new_context(
-            viewport={"width": width, "height": 900}, color_scheme=color_scheme
-        )
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", watch)
-        page.goto(address + path)
-        return page
+        viewport = {"width": width, "height": 900}
+        allowed = (address, "data:", "blob:")
+        return watch_page(address + path, allowed, viewport=viewport, color_scheme=color_scheme)
 
-    yield open_in
-    for context in contexts:
-        context.close()
-    assert complaints == []
+    return open_in
 
 
 @pytest.mark.parametrize("color_scheme", ["light", "dark"])

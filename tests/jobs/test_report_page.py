@@ -5,8 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,46 +58,16 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "page.html"
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Chromium without a window."""
-    reason = "needs the package playwright, which is not installed"
-    playwright = pytest.importorskip("playwright.sync_api", reason=reason)
-    program = shutil.which("chromium") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("needs Chromium, which is not installed")
-    with playwright.sync_playwright() as driver:
-        made = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield made
-        made.close()
-
-
 @pytest.fixture
-def open_page(browser: Any, page_file: Path) -> Iterator[Callable[..., Any]]:
+def open_page(watch_page: Callable[..., Any], page_file: Path) -> Callable[..., Any]:
     """Open the page: open_page(width=..., color_scheme=...); fails when it said anything."""
-    contexts, complaints = [], []
-
-    def watch(request: Any) -> None:
-        if not request.url.startswith(("file:", "data:")):
-            complaints.append(f"fetched {request.url}")
 
     def open_in(*, width: int = 1280, color_scheme: str = "light") -> Any:
-        context = browser.new_context(
-            viewport={"width": width, "height": 800}, color_scheme=color_scheme
-        )
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", watch)
-        page.on("dialog", lambda dialog: complaints.append(f"dialog: {dialog.message}"))
-        page.goto(page_file.as_uri())
-        return page
+        viewport = {"width": width, "height": 800}
+        allowed = ("file:", "data:")
+        return watch_page(page_file.as_uri(), allowed, viewport=viewport, color_scheme=color_scheme)
 
-    yield open_in
-    for context in contexts:
-        context.close()
-    assert complaints == []
+    return open_in
 
 
 @pytest.mark.parametrize("color_scheme", ["light", "dark"])

@@ -7,8 +7,7 @@ import os
 import re
 import subprocess
 import sys
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,14 +51,10 @@ class FakeRunner:
 
 
 @pytest.fixture
-def runner(monkeypatch: pytest.MonkeyPatch) -> FakeRunner:
+def runner(put_runner: Callable[[Callable[[Any], object]], None]) -> FakeRunner:
     """A runner that every verb calls instead of its own."""
     fake = FakeRunner()
-    module = types.ModuleType("fake_runner")
-    vars(module)["run"] = fake.run
-    monkeypatch.setitem(sys.modules, "fake_runner", module)
-    for name, verb in cli.VERBS.items():
-        monkeypatch.setitem(cli.VERBS, name, cli.Verb(verb.job, "fake_runner:run", verb.help))
+    put_runner(fake.run)
     return fake
 
 
@@ -86,15 +81,6 @@ def minimal(tmp_path: Path) -> dict[str, list[str]]:
         "import-odtk": ["old.pth", "new.pth"],
         "demo": [],
     }
-
-
-@pytest.fixture(autouse=True)
-def _restore_logging() -> Iterator[None]:
-    root, own = logging.getLogger(), logging.getLogger("retinaray")
-    handlers, level = list(root.handlers), own.level
-    yield
-    root.handlers[:] = handlers
-    own.setLevel(level)
 
 
 def test_main_ends_stdout_with_one_line_of_json(

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
-import types
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,26 +43,18 @@ class FakeRunner:
 
 
 @pytest.fixture
-def runner(monkeypatch: pytest.MonkeyPatch) -> FakeRunner:
+def runner(
+    put_runner: Callable[[Callable[[Any], object]], None], monkeypatch: pytest.MonkeyPatch
+) -> FakeRunner:
     fake = FakeRunner()
-    module = types.ModuleType("fake_runner")
-    vars(module)["run"] = fake.run
-    monkeypatch.setitem(sys.modules, "fake_runner", module)
-    verb = cli.VERBS["train"]
-    monkeypatch.setitem(cli.VERBS, "train", cli.Verb(verb.job, "fake_runner:run", verb.help))
+    put_runner(fake.run)
     monkeypatch.delenv("RETINARAY_LOG_FORMAT", raising=False)
     return fake
 
 
 @pytest.fixture(autouse=True)
-def _restore_logging() -> Iterator[None]:
-    root, own = logging.getLogger(), logging.getLogger("retinaray")
-    handlers, level = list(root.handlers), own.level
-    root.handlers[:] = []
-    yield
-    logging.captureWarnings(False)
-    root.handlers[:] = handlers
-    own.setLevel(level)
+def _no_handlers() -> None:
+    logging.getLogger().handlers[:] = []
 
 
 def _lines(text: str) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -24,13 +24,8 @@ Lines = Callable[[], list[dict[str, Any]]]
 
 
 @pytest.fixture(autouse=True)
-def _restore_logging() -> Iterator[None]:
-    root, own = logging.getLogger(), logging.getLogger("retinaray")
-    handlers, level = list(root.handlers), own.level
-    root.handlers[:] = []
-    yield
-    root.handlers[:] = handlers
-    own.setLevel(level)
+def _no_handlers() -> None:
+    logging.getLogger().handlers[:] = []
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import re
 import struct
 import sys
 import termios
-from collections.abc import Iterator
 
 import pytest
 from rich.logging import RichHandler
@@ -37,17 +36,11 @@ class Screen(io.StringIO):
 
 
 @pytest.fixture(autouse=True)
-def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
-    root, own = logging.getLogger(), logging.getLogger("retinaray")
-    handlers, level = list(root.handlers), own.level
-    root.handlers[:] = []
-    yield
-    logging.captureWarnings(False)
-    root.handlers[:] = handlers
-    own.setLevel(level)
+    logging.getLogger().handlers[:] = []
 
 
 @pytest.mark.parametrize(

@@ -123,12 +123,12 @@ def _sum_background_by_table(
     if gradient is not None:
         slopes = slopes.to(gradient.dtype)
     num_classes = rows.shape[1]
-    step = max(1, _PIECE // max(1, num_classes))
-    size = min(step, len(rows)) * num_classes
+    step, cuts = _cut(rows)
+    size = step * num_classes
     places, found = torch.empty(size, dtype=torch.int32), torch.empty(size)
-    for start in range(0, len(rows), step):
-        piece = slice(start, min(start + step, len(rows)))
-        count = (piece.stop - start) * num_classes
+    for start, stop in cuts:
+        piece = slice(start, stop)
+        count = (stop - start) * num_classes
         place, loss = places[:count], found[:count]
         place.copy_(rows[piece].view(torch.int16).view(-1)).add_(_HALF_VALUES // 2)
         place.view(-1, num_classes).masked_fill_(~counts[piece, None], _HALF_VALUES)
@@ -166,13 +166,13 @@ def _sum_background(
     """
     total = torch.zeros((), device=rows.device)
     weights = weight * counts
-    step = max(1, (_GPU_PIECE if rows.is_cuda else _PIECE) // max(1, rows.shape[1]))
+    step, cuts = _cut(rows)
     logit, power, loss, slope = (
-        torch.empty(min(step, len(rows)), rows.shape[1], device=rows.device) for _ in range(4)
+        torch.empty(step, rows.shape[1], device=rows.device) for _ in range(4)
     )
-    for start in range(0, len(rows), step):
-        piece = slice(start, min(start + step, len(rows)))
-        count = piece.stop - start
+    for start, stop in cuts:
+        piece = slice(start, stop)
+        count = stop - start
         x, p, y, g = logit[:count], power[:count], loss[:count], slope[:count]
         x.copy_(rows[piece])
         torch.sigmoid(x, out=p)
@@ -188,6 +188,13 @@ def _sum_background(
         if gradient is not None:
             gradient[piece].copy_(g.mul_(p))
     return total
+
+
+def _cut(rows: Float[Tensor, "R K"]) -> tuple[int, list[tuple[int, int]]]:
+    """Most rows of a piece, and where the pieces start and stop."""
+    values = _GPU_PIECE if rows.is_cuda else _PIECE
+    step = max(1, min(values // max(1, rows.shape[1]), len(rows)))
+    return step, [(start, min(start + step, len(rows))) for start in range(0, len(rows), step)]
 
 
 def _background_term(

@@ -72,7 +72,7 @@ def match_anchors(
     chunk = max(1, _MAX_OVERLAPS // max(1, num_images * num_anchors))
     for start in range(0, num_boxes, chunk):
         rows = slice(start, start + chunk)
-        intersection, iou = _overlap(anchors_xyxy, boxes_xyxy[:, rows])
+        intersection, iou = _overlap(anchors_xyxy, anchor_area, boxes_xyxy[:, rows])
         region = intersection.mul_(is_region[:, rows, None].to(iou.dtype)).amax(dim=1)
         is_covered |= region >= _CROWD_COVER * anchor_area
         iou.mul_(is_object[:, rows, None].to(iou.dtype))
@@ -92,7 +92,9 @@ def match_anchors(
 
 
 def _overlap(
-    anchors_xyxy: Float[Tensor, "A 4"], boxes_xyxy: Float[Tensor, "N M 4"]
+    anchors_xyxy: Float[Tensor, "A 4"],
+    anchor_area: Float[Tensor, " A"],
+    boxes_xyxy: Float[Tensor, "N M 4"],
 ) -> tuple[Float[Tensor, "N M A"], Float[Tensor, "N M A"]]:
     """Intersection and IoU of each pair; in place, since what takes the time is memory."""
     ax1, ay1, ax2, ay2 = anchors_xyxy.unbind(-1)
@@ -100,11 +102,10 @@ def _overlap(
     width = torch.minimum(ax2, bx2).sub_(torch.maximum(ax1, bx1)).clamp_(min=0)
     height = torch.minimum(ay2, by2).sub_(torch.maximum(ay1, by1)).clamp_(min=0)
     intersection = width.mul_(height)
-    box_area = (bx2 - bx1) * (by2 - by1)
-    union = torch.add(_area(anchors_xyxy), box_area, out=height).sub_(intersection)
+    union = torch.add(anchor_area, _area(boxes_xyxy)[..., None], out=height).sub_(intersection)
     return intersection, torch.div(intersection, union, out=union)
 
 
-def _area(boxes_xyxy: Float[Tensor, "A 4"]) -> Float[Tensor, " A"]:
+def _area(boxes_xyxy: Float[Tensor, "*batch 4"]) -> Float[Tensor, "*batch"]:
     x1, y1, x2, y2 = boxes_xyxy.unbind(-1)
     return (x2 - x1) * (y2 - y1)

@@ -25,14 +25,14 @@ def _check_one_line(error: Exception) -> None:
 def test_infer_goes_on_when_a_full_disk_got_room(
     undisturbed: Results,
     make_job: Callable[..., InferJob],
-    small_disk: Callable[[int], Path],
+    small_disk: Callable[[str], Path],
     read_results: Callable[[object], Results],
     list_parts: Callable[[object], dict[str, float]],
 ) -> None:
     parts = {name: data for name, data in undisturbed.items() if name.startswith("parts/")}
     parts_kib = sum(map(len, parts.values())) // 1024
     # Bookkeeping takes some pages of 4 KiB; half of the parts do not fit.
-    disk = small_disk(parts_kib // 2 + 40)
+    disk = small_disk(f"size={parts_kib // 2 + 40}k")
     output = disk / "run"
     with pytest.raises(
         ClusterError, match=rf"of 11 parts were not finished.*cannot write {output}/.*{FULL}"
@@ -48,7 +48,7 @@ def test_infer_goes_on_when_a_full_disk_got_room(
     assert not list(output.rglob("*.tmp"))
 
     # Room for the parts, not for what is merged from them, which is about as long.
-    small_disk(parts_kib + parts_kib // 2 + 80)
+    small_disk(f"size={parts_kib + parts_kib // 2 + 80}k")
     with pytest.raises(StorageError, match=rf"cannot write {output}/detections\.json: {FULL}") as e:
         run_inference(make_job(output, workers=2))
     _check_one_line(e.value)
@@ -58,7 +58,7 @@ def test_infer_goes_on_when_a_full_disk_got_room(
     assert not (output / "detections.json").exists()
     assert not (output / "_SUCCESS").exists()
 
-    small_disk(8 * parts_kib)
+    small_disk(f"size={8 * parts_kib}k")
     outcome = run_inference(make_job(output, workers=2))
     assert read_results(output) == undisturbed
     assert list_parts(output) == second
@@ -69,9 +69,9 @@ def test_infer_goes_on_when_a_full_disk_got_room(
 @pytest.mark.slow
 @pytest.mark.usefixtures("undisturbed")
 def test_infer_names_the_full_disk_when_it_cannot_even_begin(
-    make_job: Callable[..., InferJob], small_disk: Callable[[int], Path]
+    make_job: Callable[..., InferJob], small_disk: Callable[[str], Path]
 ) -> None:
-    disk = small_disk(8)
+    disk = small_disk("size=8k")
     (disk / "other").write_bytes(bytes(8 * 1024))
     with pytest.raises(StorageError, match=rf"cannot write {disk}/run/.*{FULL}") as error:
         run_inference(make_job(disk / "run"))

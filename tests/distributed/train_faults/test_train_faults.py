@@ -117,7 +117,7 @@ def test_a_training_names_the_full_disk_and_goes_on_when_there_is_room(
     ray_cluster: ClusterSize,
     reference: Tensors,
     make_long_job: Callable[..., TrainJob],
-    small_disk: Callable[[int], Path],
+    small_disk: Callable[[str], Path],
     check_same: Callable[[Path, Tensors], None],
     list_complete: Callable[[Path], list[int]],
     tmp_path: Path,
@@ -125,7 +125,7 @@ def test_a_training_names_the_full_disk_and_goes_on_when_there_is_room(
     job = make_long_job(tmp_path / "model.pth", run__val_every=3, run__max_failures=0)
     weights_kib = sum(value.numel() * 4 for value in reference.values()) // 1024
     # A checkpoint is five times the weights: model, two moments, average, and the weights' file.
-    disk = small_disk(7 * weights_kib)
+    disk = small_disk(f"size={7 * weights_kib}k")
     # Other threads would add up in another order.
     plan = plan_training(1, ray_cluster)
     events: list[Any] = []
@@ -135,7 +135,7 @@ def test_a_training_names_the_full_disk_and_goes_on_when_there_is_room(
     assert "\n" not in str(e.value)
     assert list_complete(disk) == [6]
 
-    small_disk(30 * weights_kib)
+    small_disk(f"size={30 * weights_kib}k")
     result = run_workers(job, plan, **options)
     assert result.return_value == "finished"
     check_same(Path(result.checkpoint.path) / "weights.pth", reference)

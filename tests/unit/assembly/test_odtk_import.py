@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +32,6 @@ PREFIXES = {
     "box_head.tower.": "box_head.",
     "box_head.output.": "box_head.8.",
 }
-
-
-@pytest.fixture(autouse=True)
-def _restore_logging() -> Iterator[None]:
-    root, own = logging.getLogger(), logging.getLogger("retinaray")
-    handlers, level = list(root.handlers), own.level
-    yield
-    root.handlers[:] = handlers
-    own.setLevel(level)
 
 
 @pytest.fixture(scope="module")

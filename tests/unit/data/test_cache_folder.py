@@ -5,11 +5,10 @@ from __future__ import annotations
 import fcntl
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,29 +26,6 @@ ENTRY_BYTES = len(pack_head("a", ONE_KB)) + 1000
 def own(tmp_path: Path) -> Path:
     """The subfolder of this user in which the caches of a test lie."""
     return tmp_path / f"retinaray-cache-{os.geteuid()}"
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """A file system of 64 KiB; called with mount options, it is mounted again with these."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = shutil.which("mount")
-    if mount is None or os.geteuid() != 0:
-        pytest.skip("needs root and the program mount, to make a file system that can be full")
-    arguments = [mount, "-t", "tmpfs", "-o", "size=64k", "retinaray-test", str(folder)]
-    made = subprocess.run(arguments, check=False, capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"needs the right to mount a tmpfs: {made.stderr.strip()}")
-
-    def mount_again(options: str) -> Path:
-        subprocess.run([mount, "-o", f"remount,{options}", str(folder)], check=True)
-        return folder
-
-    try:
-        yield mount_again
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def count_bytes(own: Path) -> int:
