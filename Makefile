@@ -47,7 +47,8 @@ test test-all: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "$(CHOICE)" -n $(TEST_PROCESSES) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "$(CHOICE)" -n $(TEST_PROCESSES) --dist loadfile \
+		--durations 40 --durations-min 5
 
 unit: install
 	$(BIN)/python -m pytest -q tests/unit

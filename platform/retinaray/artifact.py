@@ -47,6 +47,22 @@ class Architecture:
     stride_in_1x1: bool
     has_head_norm: bool = False
 
+    def build_model(self, anchors: AnchorSpec, num_classes: int) -> RetinaNet:
+        """Such a network with fresh weights."""
+        # Its backbone imports torchvision, which takes seconds; exported files do without.
+        from retinaray.detector.retinanet import RetinaNet
+
+        return RetinaNet(
+            backbone=self.backbone,
+            num_classes=num_classes,
+            anchors=anchors,
+            norm=self.norm,  # type: ignore[arg-type]
+            fpn_channels=self.fpn_channels,
+            head_depth=self.head_depth,
+            stride_in_1x1=self.stride_in_1x1,
+            has_head_norm=self.has_head_norm,
+        )
+
 
 @dataclass(frozen=True)
 class ModelCard:
@@ -83,19 +99,7 @@ class ModelCard:
 
     def build_model(self) -> RetinaNet:
         """A network of this architecture with fresh weights."""
-        # Its backbone imports torchvision, which takes seconds; exported files do without.
-        from retinaray.detector.retinanet import RetinaNet
-
-        return RetinaNet(
-            backbone=self.architecture.backbone,
-            num_classes=len(self.categories),
-            anchors=self.anchors,
-            norm=self.architecture.norm,  # type: ignore[arg-type]
-            fpn_channels=self.architecture.fpn_channels,
-            head_depth=self.architecture.head_depth,
-            stride_in_1x1=self.architecture.stride_in_1x1,
-            has_head_norm=self.architecture.has_head_norm,
-        )
+        return self.architecture.build_model(self.anchors, len(self.categories))
 
     def to_metadata(self) -> dict[str, str]:
         """Keys and JSON texts for an ONNX file's metadata_props or a weights file."""

@@ -12,8 +12,9 @@ import torch
 
 from retinaray.config.schema import TrainJob
 from retinaray.demo.scenes import SceneSet
+from retinaray.distributed import train
 from retinaray.distributed.train import TrainOutcome, run_training
-from retinaray.errors import ConfigError, DatasetError
+from retinaray.errors import CheckpointError, ConfigError, DatasetError
 
 pytestmark = [pytest.mark.local_ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -213,8 +214,23 @@ def test_run_training_stops_early_when_validation_does_not_improve(
     assert outcome.metrics["step"] == 2
 
 
+@pytest.mark.parametrize("weights", ["absent.pth", "broken.pth"])
+def test_run_training_refuses_weights_before_it_takes_a_gpu(
+    make_train_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str
+) -> None:
+    monkeypatch.setattr(train, "connect", lambda **_: pytest.fail("asked for a cluster"))
+    (tmp_path / "broken.pth").write_bytes(b"no weights at all")
+    job = make_train_job(tmp_path / "model.pth", model__backbone_weights=str(tmp_path / weights))
+    with pytest.raises(CheckpointError, match=weights):
+        run_training(job)
+    assert not (tmp_path / "model_run").exists()
+
+
 def test_run_training_names_the_file_when_an_image_is_broken(
-    make_train_job: MakeJob, scenes: SceneSet, tmp_path: Path
+    make_train_job: MakeJob,
+    scenes: SceneSet,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     images = tmp_path / "images"
     images.mkdir()
@@ -238,3 +254,4 @@ def test_run_training_names_the_file_when_an_image_is_broken(
     assert '"recovery"' not in events, "another try would have found the same file"
     assert "Traceback" not in text
     assert len(text.splitlines()) == 1
+    assert "failed or lost" not in caplog.text

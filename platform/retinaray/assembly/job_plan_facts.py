@@ -13,7 +13,7 @@ from retinaray.assembly.job_plan_files import (
     describe_absent,
     inspect_training_files,
 )
-from retinaray.assembly.training import TrainingInputs, check_objective, read_inputs
+from retinaray.assembly.training import TrainingInputs, check_settings, read_inputs
 from retinaray.assembly.training_inputs import choose_training_canvas
 from retinaray.config.loading import load_from_dict, to_dict
 from retinaray.config.plan_schema import PlanJob
@@ -121,7 +121,7 @@ def _read_as_far_as_possible(job: TrainJob, sheet: PlanSheet) -> TrainingInputs 
         tree = {key: value for key, value in to_dict(job).items() if key in TrainJob.model_fields}
         return _read_as_far_as_possible(load_from_dict(TrainJob, tree, changes), sheet)
     try:
-        check_objective(job, inputs)
+        check_settings(job, inputs)
     except ConfigError as error:
         sheet.miss(str(error))
     return inputs

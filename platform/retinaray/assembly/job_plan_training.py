@@ -33,6 +33,7 @@ from retinaray.assembly.training import (
     choose_autocast,
     count_steps,
     make_anchor_spec,
+    make_architecture,
     make_loop_settings,
 )
 from retinaray.config.plan_schema import PlanJob
@@ -122,19 +123,8 @@ def _place_workers(job: TrainJob, cluster: ClusterSize, sheet: PlanSheet) -> tup
 
 def make_network(job: TrainJob, num_classes: int) -> RetinaNet:
     """The network of a training with random weights; reads no file."""
-    norm = job.model.norm
-    if norm == "auto":
-        norm = "gn" if job.model.is_random else "frozen_bn"
-    network = RetinaNet(
-        backbone=job.model.backbone,
-        num_classes=num_classes,
-        anchors=make_anchor_spec(job.anchors),
-        norm="bn" if norm == "sync_bn" else norm,
-        fpn_channels=job.model.fpn_channels,
-        head_depth=job.model.head_depth,
-        stride_in_1x1=bool(job.model.stride_in_1x1),
-        has_head_norm=job.model.head_norm == "gn",
-    )
+    architecture = make_architecture(job.model, is_random=job.model.is_random, is_caffe=False)
+    network = architecture.build_model(make_anchor_spec(job.anchors), num_classes)
     network.backbone.freeze(job.model.freeze_at)
     return network
 

@@ -17,13 +17,13 @@ from retinaray.assembly.provenance import collect_versions
 from retinaray.assembly.reading import absolute_uri, make_image_sources, make_reader
 from retinaray.assembly.training_inputs import (
     TrainingInputs,
-    check_objective,
+    check_settings,
     choose_job_canvas,
     choose_training_canvas,
     read_inputs,
 )
 from retinaray.config.loading import load_from_dict, to_dict
-from retinaray.config.schema import AnchorConfig, TrainJob
+from retinaray.config.schema import AnchorConfig, ModelConfig, TrainJob
 from retinaray.data.augmentation import AugmentSettings
 from retinaray.data.batching import Batch, TrainingDataset, collate_samples
 from retinaray.data.stream_sampler import StreamSampler, find_portraits
@@ -45,7 +45,7 @@ __all__ = [
     "DEFAULT_SCORE_THRESHOLD",
     "DEFAULT_WARMUP_STEPS",
     "TrainingInputs",
-    "check_objective",
+    "check_settings",
     "choose_autocast",
     "choose_job_canvas",
     "count_steps",
@@ -113,6 +113,28 @@ def make_anchor_spec(anchors: AnchorConfig) -> AnchorSpec:
     )
 
 
+def make_architecture(model: ModelConfig, *, is_random: bool, is_caffe: bool) -> Architecture:
+    """The network that settings ask for.
+
+    Args:
+        model: The settings.
+        is_random: Whether the backbone starts from no weights.
+        is_caffe: Whether these come from Caffe, whose bottlenecks stride in their first 1x1.
+    """
+    norm = model.norm
+    if norm == "auto":
+        norm = "gn" if is_random else "frozen_bn"
+    return Architecture(
+        backbone=model.backbone,
+        # What several workers do with its statistics is no part of the network.
+        norm="bn" if norm == "sync_bn" else norm,
+        fpn_channels=model.fpn_channels,
+        head_depth=model.head_depth,
+        stride_in_1x1=is_caffe if model.stride_in_1x1 is None else model.stride_in_1x1,
+        has_head_norm=model.head_norm == "gn",
+    )
+
+
 def make_card(job: TrainJob, inputs: TrainingInputs, *, run_id: str) -> tuple[ModelCard, RetinaNet]:
     """The card, and the network with its initial weights (the same for the same seed).
 
@@ -125,20 +147,8 @@ def make_card(job: TrainJob, inputs: TrainingInputs, *, run_id: str) -> tuple[Mo
         state, is_caffe = read_backbone_weights(
             job.model.backbone_weights, backbone=job.model.backbone
         )
-    stride_in_1x1 = is_caffe if job.model.stride_in_1x1 is None else job.model.stride_in_1x1
-    norm = job.model.norm
-    if norm == "auto":
-        norm = "gn" if state is None else "frozen_bn"
     card = ModelCard(
-        architecture=Architecture(
-            backbone=job.model.backbone,
-            # What several workers do with its statistics is no part of the network.
-            norm="bn" if norm == "sync_bn" else norm,
-            fpn_channels=job.model.fpn_channels,
-            head_depth=job.model.head_depth,
-            stride_in_1x1=stride_in_1x1,
-            has_head_norm=job.model.head_norm == "gn",
-        ),
+        architecture=make_architecture(job.model, is_random=state is None, is_caffe=is_caffe),
         anchors=make_anchor_spec(job.anchors),
         categories=inputs.train.categories,
         canvas=inputs.canvas,

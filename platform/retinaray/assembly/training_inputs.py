@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +37,6 @@ def read_inputs(job: TrainJob) -> TrainingInputs:
     """Read both annotation files and choose the canvas.
 
     Raises:
-        ConfigError: If the windows are larger than the canvas.
         DatasetError: If a file is unusable, the sets name different categories, or there is nothing
             to learn.
         StorageError: If a file cannot be read.
@@ -65,20 +65,7 @@ def read_inputs(job: TrainJob) -> TrainingInputs:
                 f"{data.val_annotations} has other categories than {data.annotations}: "
                 f"{_differing(train, val)}; both need the same ids and names"
             )
-    canvas = choose_job_canvas(job, train)
-    _check_windows(job, canvas)
-    return TrainingInputs(train=train, val=val, canvas=canvas)
-
-
-def _check_windows(job: TrainJob, canvas: tuple[int, int]) -> None:
-    windows = job.data.windows
-    if windows is None or (windows[0] <= canvas[0] and windows[1] <= canvas[1]):
-        return
-    raise ConfigError(
-        f"data.windows={windows} (--windows) is larger than the {canvas[0]}x{canvas[1]} (height x "
-        f"width) that --resize {job.data.resize} --max-size {job.data.max_size} give these images: "
-        "there is nothing to cut a window from; make it smaller, or drop it"
-    )
+    return TrainingInputs(train=train, val=val, canvas=choose_job_canvas(job, train))
 
 
 def choose_job_canvas(job: TrainJob, train: CocoDataset) -> tuple[int, int]:
@@ -129,21 +116,38 @@ def _differing(train: CocoDataset, val: CocoDataset) -> str:
     )
 
 
-def check_objective(job: TrainJob, inputs: TrainingInputs) -> None:
-    """Refuse an objective that no validation will report.
+def check_settings(job: TrainJob, inputs: TrainingInputs) -> None:
+    """Refuse settings that the data contradict.
 
     Raises:
-        ConfigError: If there is no validation set, or the class is not in it.
+        ConfigError: If an objective is one that no validation will report, or the windows are
+            larger than the canvas; all faults at once.
     """
+    faults = [*_find_objective_faults(job, inputs), *_find_window_faults(job, inputs.canvas)]
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def _find_objective_faults(job: TrainJob, inputs: TrainingInputs) -> Iterator[str]:
     objective, price = job.run.objective, job.run.latency_price
     if inputs.val is None and (objective != "AP" or price > 0):
-        raise ConfigError(
+        yield (
             f"run.objective={objective}, run.latency_price={price:g} without data.val_annotations: "
             "nothing would be measured; give --val-annotations"
         )
     names = inputs.train.categories.names
     if objective.startswith("AP/") and objective.removeprefix("AP/") not in names:
-        raise ConfigError(
+        yield (
             f"run.objective={objective}: no such class; expected AP/ and one of "
             f"{', '.join(names[:20])}{', ...' if len(names) > 20 else ''}"
+        )
+
+
+def _find_window_faults(job: TrainJob, canvas: tuple[int, int]) -> Iterator[str]:
+    windows = job.data.windows
+    if windows is not None and (windows[0] > canvas[0] or windows[1] > canvas[1]):
+        yield (
+            f"data.windows={windows} (--windows) is larger than the {canvas[0]}x{canvas[1]} "
+            f"(height x width) that --resize {job.data.resize} --max-size {job.data.max_size} give "
+            "these images: there is nothing to cut a window from; make it smaller, or drop it"
         )

@@ -31,10 +31,20 @@ def find_users_fault(error: BaseException) -> RetinarayError | None:
     if not isinstance(error, WorkerGroupError):
         return None
     for failure in error.worker_failures.values():
-        fault = getattr(failure, "_base_exc", failure)
+        fault = _unwrap(failure)
         if isinstance(fault, _USERS_FAULTS):
             return type(fault)(_strip_stack(fault))
     return None
+
+
+def is_users_fault(failure: BaseException) -> bool:
+    """Whether what a worker raised is a fault of settings or data."""
+    return isinstance(_unwrap(failure), _USERS_FAULTS)
+
+
+def _unwrap(failure: BaseException) -> BaseException:
+    fault: BaseException = getattr(failure, "_base_exc", failure)
+    return fault
 
 
 def _strip_stack(fault: RetinarayError) -> str:

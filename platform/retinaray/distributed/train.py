@@ -18,7 +18,7 @@ from retinaray.assembly.reading import absolute_uri
 from retinaray.assembly.tracking import check_tracking, make_experiment_run, make_loggers
 from retinaray.assembly.training import (
     TrainingInputs,
-    check_objective,
+    check_settings,
     count_steps,
     make_card,
     read_inputs,
@@ -115,11 +115,11 @@ def run_training(job: TrainJob) -> TrainOutcome:
     check_tracking(job.tracking)
     job = _resolve_storage(resolve_paths(job))
     inputs = read_inputs(job)
+    check_settings(job, inputs)
     check_images(job, inputs)
     folder = Path(job.output).with_suffix("")
     folder = folder.with_name(folder.name + "_run")
-    check_objective(job, inputs)
-    if job.model.fine_tune is not None:
+    if not job.model.is_random:
         # What a worker would refuse late, and where the user reads what was taken.
         make_card(job, inputs, run_id="")
     _announce(job, inputs)

@@ -11,6 +11,8 @@ from typing import Any
 
 from ray.train import UserCallback
 
+from retinaray.distributed.failure_policy import is_users_fault
+
 logger = logging.getLogger(__name__)
 
 SKIPPED_FILE = "skipped_images.jsonl"
@@ -22,6 +24,8 @@ _SHOWN = ("progress", "validation")
 class FailureNotes(UserCallback):
     """Posts each failure of the group of workers to the driver; lives in Ray's controller.
 
+    A fault of settings or data is none: it ends the training, in its own words.
+
     Args:
         board: An `EventBoard`.
     """
@@ -30,8 +34,10 @@ class FailureNotes(UserCallback):
         self._board = board
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Post one failure."""
+        """Post one failure that is survived."""
         del run_context
+        if any(map(is_users_fault, worker_exceptions.values())):
+            return
         lines = [str(error).strip().splitlines() for error in worker_exceptions.values()]
         reasons = [entry[-1] for entry in lines if entry]
         event = {"kind": "failure", "num_workers": len(worker_exceptions)}

@@ -23,7 +23,7 @@ from retinaray.assembly.reading import make_reader
 from retinaray.assembly.tracking import check_tracking
 from retinaray.assembly.training import (
     TrainingInputs,
-    check_objective,
+    check_settings,
     read_inputs,
     resolve_paths,
 )
@@ -118,8 +118,8 @@ def run_sweep(job: TuneJob) -> SweepOutcome:
     folder = Path(job.output).expanduser().resolve()
     base = _make_base(job, folder)
     inputs = read_inputs(base)
+    check_settings(base, inputs)
     check_images(base, inputs)
-    check_objective(base, inputs)
     check_coverage(base, inputs)
     record = _make_record(job, base)
     is_resumed = _is_resumed(job, record, folder)

@@ -478,19 +478,21 @@ def test_run_plan_measures_a_step_on_the_canvas_of_the_training(
 def test_run_plan_says_everything_that_a_training_lacks_at_once(
     make_train_job: Callable[..., TrainJob], plan_job: Callable[..., PlanOutcome], tmp_path: Path
 ) -> None:
-    job = make_train_job({"run.workers": 8, "data.images": str(tmp_path / "none")})
+    changes = {"run.workers": 8, "data.images": str(tmp_path / "none")}
+    job = make_train_job({**changes, "data.windows": (4096, 4096)})
     outcome = plan_job(job, "--nodes", "(cpu=4,gpu=1,mem=6GiB,gpu_mem=7GiB),z9.large")
     lines = outcome.sheet.missing
     assert outcome.exit_code == 1
-    assert len(lines) == 5
+    assert len(lines) == 6
     assert lines[0].startswith("nodes: 'z9.large' is no machine")
-    assert f"6 of 6 images are not in {tmp_path / 'none'}, the first: " in lines[1]
-    assert lines[2].startswith("run.workers=8 needs 8 GPUs, the cluster has 1:")
+    assert lines[1].startswith("data.windows=(4096, 4096) (--windows) is larger than the ")
+    assert f"6 of 6 images are not in {tmp_path / 'none'}, the first: " in lines[2]
+    assert lines[3].startswith("run.workers=8 needs 8 GPUs, the cluster has 1:")
     # 6 GiB and a tenth, and 1 GiB; of 7 GiB a driver shows 6.56.
-    assert lines[3].startswith(
+    assert lines[4].startswith(
         "4 CPUs, 1 GPUs: a GPU has about 6.56 GiB, its workers need about 7.6 GiB"
     )
-    assert lines[4].startswith("4 CPUs, 1 GPUs: has 6 GiB of memory, 1 worker and Ray need about")
+    assert lines[5].startswith("4 CPUs, 1 GPUs: has 6 GiB of memory, 1 worker and Ray need about")
 
 
 @pytest.mark.usefixtures("measured")

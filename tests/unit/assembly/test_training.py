@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from retinaray.assembly.training import (
-    check_objective,
+    check_settings,
     choose_autocast,
     count_steps,
     hash_settings,
@@ -106,12 +106,12 @@ def test_read_inputs_passes_on_that_a_file_is_missing(make_train_job: JobFactory
 
 
 @pytest.mark.parametrize("objective", ["AP", "AR_100", "AP_small", "AP/class 0", "AP/class 1"])
-def test_check_objective_takes_what_a_validation_reports(
+def test_check_settings_takes_what_a_validation_reports(
     make_train_job: JobFactory, image_set: Any, objective: str
 ) -> None:
     changes = {"data.val_annotations": str(image_set.annotations), "run.objective": objective}
     job = make_train_job({**changes, "run.latency_price": 0.1})
-    check_objective(job, read_inputs(job))
+    check_settings(job, read_inputs(job))
 
 
 @pytest.mark.parametrize(
@@ -121,24 +121,24 @@ def test_check_objective_takes_what_a_validation_reports(
         ({"run.latency_price": 0.01}, r"run\.objective=AP, run\.latency_price=0\.01 without data"),
     ],
 )
-def test_check_objective_refuses_a_wish_when_nothing_is_validated(
+def test_check_settings_refuses_a_wish_when_nothing_is_validated(
     make_train_job: JobFactory, changes: dict[str, object], named: str
 ) -> None:
     job = make_train_job(changes)
     with pytest.raises(ConfigError, match=f"{named}.*give --val-annotations"):
-        check_objective(job, read_inputs(job))
+        check_settings(job, read_inputs(job))
 
 
-def test_check_objective_is_content_with_defaults_when_nothing_is_validated(
+def test_check_settings_is_content_with_defaults_when_nothing_is_validated(
     make_train_job: JobFactory,
 ) -> None:
     job = make_train_job()
     inputs = read_inputs(job)
     assert inputs.val is None
-    check_objective(job, inputs)
+    check_settings(job, inputs)
 
 
-def test_check_objective_names_the_classes_when_there_is_no_such_class(
+def test_check_settings_names_the_classes_when_there_is_no_such_class(
     make_train_job: JobFactory, image_set: Any
 ) -> None:
     changes = {"data.val_annotations": str(image_set.annotations), "run.objective": "AP/dog"}
@@ -146,7 +146,15 @@ def test_check_objective_names_the_classes_when_there_is_no_such_class(
     with pytest.raises(
         ConfigError, match=r"^run\.objective=AP/dog: no such class; .* one of class 0, class 1$"
     ):
-        check_objective(job, read_inputs(job))
+        check_settings(job, read_inputs(job))
+
+
+def test_check_settings_tells_all_faults_at_once(make_train_job: JobFactory) -> None:
+    job = make_train_job({"run.objective": "AP/dog", "data.windows": (4096, 64)})
+    with pytest.raises(ConfigError) as caught:
+        check_settings(job, read_inputs(job))
+    starts = [line.partition(" ")[0] for line in str(caught.value).splitlines()]
+    assert starts == ["run.objective=AP/dog,", "run.objective=AP/dog:", "data.windows=(4096,"]
 
 
 def test_hash_settings_changes_with_any_setting(make_train_job: JobFactory) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from retinaray.assembly.training import make_loader, read_inputs
+from retinaray.assembly.training import check_settings, make_loader, read_inputs
 from retinaray.config.loading import load_from_dict
 from retinaray.config.schema import TrainJob
 from retinaray.data.augmentation import AugmentSettings, Surroundings, draw_plan, move_boxes
@@ -188,5 +188,6 @@ def test_batches_are_windows_of_the_photographs_and_boxes_follow(tmp_path: Path)
 
 
 def test_windows_larger_than_the_images_are_refused(tmp_path: Path) -> None:
+    job = make_job(write_set(tmp_path), (256, 64))
     with pytest.raises(ConfigError, match=r"windows=\(256, 64\) .* larger than the 96x192"):
-        read_inputs(make_job(write_set(tmp_path), (256, 64)))
+        check_settings(job, read_inputs(job))
