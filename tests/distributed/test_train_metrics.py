@@ -71,6 +71,7 @@ def _is_registered(folder: Path, checkpoint: str) -> bool:
     return any(checkpoint in path.read_text() for path in folder.rglob("*snapshot.json"))
 
 
+@pytest.mark.slow
 def test_a_training_is_seen_by_prometheus_and_in_json_lines(
     json_log: None,
     make_train_job: Callable[..., TrainJob],

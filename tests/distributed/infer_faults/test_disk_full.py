@@ -22,6 +22,7 @@ def _check_one_line(error: Exception) -> None:
     assert "\n" not in str(error)
 
 
+@pytest.mark.slow
 def test_infer_goes_on_when_a_full_disk_got_room(
     undisturbed: Results,
     make_job: Callable[..., InferJob],

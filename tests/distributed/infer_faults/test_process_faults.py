@@ -44,6 +44,7 @@ def ray_nodes(undisturbed: Results) -> Iterator[Any]:
         cluster.shutdown()
 
 
+@pytest.mark.slow
 def test_infer_completes_when_a_node_is_killed(
     undisturbed: Results,
     ray_nodes: Any,

@@ -85,6 +85,7 @@ def test_run_inference_gives_the_same_bytes_when_many_requests_fail(
     assert set(faulty_s3.met) == {"500", "503", "reset", "truncate", "slow", "lose_answer"}
 
 
+@pytest.mark.slow
 def test_run_inference_goes_on_when_credentials_expired_and_were_renewed(
     calm: dict[str, bytes],
     make_s3_job: Callable[[str, str], InferJob],

@@ -200,6 +200,7 @@ def _parts(files: list[Path]) -> list[Path]:
     return [path for path in files if path.parent.name == "parts"]
 
 
+@pytest.mark.slow
 def test_infer_keeps_its_finished_parts_when_stopped(inference: Stopped) -> None:
     assert inference.state == "STOPPED"
     assert "3 of 3 parts to do" in inference.log
@@ -212,6 +213,7 @@ def test_infer_keeps_its_finished_parts_when_stopped(inference: Stopped) -> None
     assert [name for name in inference.kept if name.startswith("lock")] == []
 
 
+@pytest.mark.slow
 def test_infer_does_the_rest_when_submitted_again(
     inference: Stopped, read_result: ReadResult
 ) -> None:
@@ -226,6 +228,7 @@ def test_infer_does_the_rest_when_submitted_again(
     assert (inference.folder / "_SUCCESS").exists()
 
 
+@pytest.mark.slow
 def test_evaluate_gives_the_scores_that_infer_printed(
     inference: Stopped, submit: Command, read_result: ReadResult, workplace: Path
 ) -> None:
