@@ -43,12 +43,13 @@ check: install
 test: CHOICE = not gpu and not slow
 test-all: CHOICE = not gpu
 
+# In the order of the tree: the long files come early, and the many short ones of tests/unit fill every process to the end.
 test test-all: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "$(CHOICE)" -n $(TEST_PROCESSES) --dist loadfile \
-		--durations 40 --durations-min 5
+		--no-loadscope-reorder --durations 40 --durations-min 5
 
 unit: install
 	$(BIN)/python -m pytest -q tests/unit

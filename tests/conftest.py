@@ -16,19 +16,28 @@ import pytest
 
 from retinaray import cli
 from retinaray.demo.embedded_s3 import EmbeddedS3
+from retinaray.terminal import LOG_HANDLER
 
 BUCKET = "retinaray-tests"
 
 
 @pytest.fixture(autouse=True)
 def _restore_logging() -> Iterator[None]:
-    """What a command sets up for its process ends with the test that ran it."""
-    root, own = logging.getLogger(), logging.getLogger("retinaray")
-    handlers, level = list(root.handlers), own.level
+    """What a command sets up for its process is there for no test but the one that runs it.
+
+    Before each test too: fixtures of modules run commands as well.
+    """
+    _forget_commands_logging()
     yield
+    _forget_commands_logging()
+
+
+def _forget_commands_logging() -> None:
     logging.captureWarnings(False)
-    root.handlers[:] = handlers
-    own.setLevel(level)
+    root = logging.getLogger()
+    for handler in [entry for entry in root.handlers if entry.get_name() == LOG_HANDLER]:
+        root.removeHandler(handler)
+    logging.getLogger("retinaray").setLevel(logging.NOTSET)
 
 
 @pytest.fixture

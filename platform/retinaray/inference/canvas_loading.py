@@ -214,13 +214,19 @@ class ThreadLoader:
         give_back = self._room.take(needed)
         try:
             with self._clock.measure("decode"):
-                with watch.limited(give_back):
-                    decoded = _decode(content, self._canvas, settings)
-                # Not before it is known that the image is still waited for: the canvas of one that
-                # is not belongs to another image by now.
-                return _place(decoded, self._new_canvas() if into is None else into)
+                return self._decode_into(into, content, watch, give_back)
         finally:
             give_back()
+
+    def _decode_into(
+        self, into: Canvas | None, content: bytes, watch: Watch, give_back: Callable[[], None]
+    ) -> LoadedCanvas:
+        """A function of its own: with its end the pixels are gone, and only then their room is."""
+        with watch.limited(give_back):
+            decoded = _decode(content, self._canvas, self._settings)
+        # Not before it is known that the image is still waited for: the canvas of one that is not
+        # belongs to another image by now.
+        return _place(decoded, self._new_canvas() if into is None else into)
 
     def _new_canvas(self) -> Canvas:
         return np.empty((*self._canvas, 3), dtype=np.uint8)
