@@ -40,6 +40,8 @@ def ray_cluster(request: pytest.FixtureRequest) -> Iterator[ClusterSize]:
     with pytest.MonkeyPatch.context() as patch:
         # A cluster that the user works on is not for tests.
         patch.delenv("RAY_ADDRESS", raising=False)
+        # Beside tests that compute, Ray's workers would otherwise get what those leave.
+        patch.setenv("RAY_worker_niceness", "0")
         if _has_s3_server():
             environment = request.getfixturevalue("s3_server").environment()
             for name in CREDENTIALS:

@@ -32,7 +32,12 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start_command(workplace: Path) -> Callable[..., subprocess.Popen[str]]:
     """Start a program in the workplace: no Ray and no home but its own."""
     environment = {name: value for name, value in os.environ.items() if "RAY_" not in name}
-    environment |= {"PYTHONPATH": str(REPOSITORY / "platform"), "HOME": str(workplace / "home")}
+    environment |= {
+        "PYTHONPATH": str(REPOSITORY / "platform"),
+        "HOME": str(workplace / "home"),
+        # Beside tests that compute, Ray's workers would otherwise get what those leave.
+        "RAY_worker_niceness": "0",
+    }
 
     def start(*arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(

@@ -28,6 +28,8 @@ def kernel_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
         "JUPYTER_PLATFORM_DIRS": "1",
         "PYTHONPATH": str(REPOSITORY / "platform"),
+        # Beside tests that compute, Ray's workers would otherwise get what those leave.
+        "RAY_worker_niceness": "0",
     }.items():
         monkeypatch.setenv(name, value)
     place = tmp_path / "place"

@@ -161,6 +161,8 @@ def head(
         "RAY_AUTH_TOKEN": token,
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        # Beside tests that compute, its workers would otherwise get what those leave.
+        "RAY_worker_niceness": "0",
         "AWS_EC2_METADATA_DISABLED": "true",
     }
     command = [
