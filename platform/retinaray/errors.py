@@ -25,6 +25,10 @@ class CheckpointError(RetinarayError):
     """A weights or checkpoint file is missing, truncated, foreign or of another architecture."""
 
 
+class DivergenceError(RetinarayError):
+    """A training has no finite gradients any more; the message names the last images."""
+
+
 class ExportError(RetinarayError):
     """A model could not be exported, or an exported file does not keep its contract."""
 

@@ -14,7 +14,7 @@ from retinaray.config.schema import TrainJob
 from retinaray.demo.scenes import SceneSet
 from retinaray.distributed import train
 from retinaray.distributed.train import TrainOutcome, run_training
-from retinaray.errors import CheckpointError, ConfigError, DatasetError
+from retinaray.errors import CheckpointError, ConfigError, DatasetError, DivergenceError
 
 pytestmark = [pytest.mark.local_ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -174,6 +174,17 @@ def test_run_training_refuses_a_folder_that_is_no_run(
     assert precious.exists()
 
 
+def test_run_training_refuses_to_replace_weights_that_it_did_not_make(
+    make_train_job: MakeJob, tmp_path: Path
+) -> None:
+    precious = tmp_path / "model.pth"
+    precious.write_bytes(b"weeks of training")
+    with pytest.raises(ConfigError, match=r"model\.pth is there already.*--fine-tune.*import-odtk"):
+        run_training(make_train_job(precious))
+    assert precious.read_bytes() == b"weeks of training"
+    assert not (tmp_path / "model_run").exists()
+
+
 def test_run_training_starts_over_and_keeps_the_last_weights_without_validation(
     make_train_job: MakeJob, tmp_path: Path, read_tensors: ReadTensors, read_events: ReadEvents
 ) -> None:
@@ -203,15 +214,37 @@ def test_run_training_starts_over_and_keeps_the_last_weights_without_validation(
 def test_run_training_stops_early_when_validation_does_not_improve(
     make_train_job: MakeJob, tmp_path: Path, read_events: ReadEvents
 ) -> None:
-    outcome = run_training(
-        # So small a rate leaves the AP of the first validation as it is.
-        make_train_job(tmp_path / "model.pth", optim__peak_lr=1e-12, run__patience=1)
-    )
+    # So small a rate leaves the AP of the first validation as it is.
+    job = make_train_job(tmp_path / "model.pth", optim__peak_lr=1e-12, run__patience=1)
+    outcome = run_training(job)
     assert outcome.steps == 4
     validations = read_events(Path(outcome.run_folder), "validation")
     assert [event["step"] for event in validations] == [2, 4]
     assert validations[1]["AP"] <= validations[0]["AP"]
     assert outcome.metrics["step"] == 2
+    # The same command again finds that it has ended.
+    again = run_training(job)
+    assert (again.steps, again.metrics) == (outcome.steps, outcome.metrics)
+    assert len(read_events(Path(outcome.run_folder), "progress")) == 4
+
+
+def test_run_training_gives_up_at_once_when_no_gradient_is_finite(
+    make_train_job: MakeJob, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = make_train_job(
+        tmp_path / "model.pth",
+        loss__box_weight=1e38,
+        optim__max_skipped_steps=2,
+        run__max_failures=3,
+    )
+    with pytest.raises(DivergenceError, match="no finite gradient in 2 steps up to step 2"):
+        run_training(job)
+    folder = tmp_path / "model_run"
+    lines = (folder / "skipped_images.jsonl").read_text(encoding="utf-8").splitlines()
+    # Each step once, for another try would have met the same batches; two more were on their way.
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+    assert all(len(json.loads(line)["image_ids"]) == 4 for line in lines)
+    assert "failed or lost" not in caplog.text
 
 
 @pytest.mark.parametrize("weights", ["absent.pth", "broken.pth"])

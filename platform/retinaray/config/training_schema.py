@@ -209,7 +209,8 @@ class TrainRunConfig(Config):
     storage: Annotated[Location | None, Flag("--checkpoints", metavar="DIR|s3://")] = None
     """Folder or S3 prefix of this run alone for its checkpoints; none = the run folder."""
     keep_every: Annotated[int, Field(ge=0), Flag("--keep-every", unit="epochs")] = 0
-    """Keep the weights of every so many epochs for good, beside best and last; 0 = none."""
+    """Keep the weights of every so many epochs for good, beside best and last: those of the first
+    checkpoint at or after each; 0 = none."""
     max_failures: Annotated[int, Field(ge=0), Flag("--max-failures")] = 3
     """Worker failures that are survived by going back to the last checkpoint."""
     override: Annotated[bool, Flag("--override")] = False

@@ -43,7 +43,7 @@ class CheckpointKeeper:
         metrics: Of this worker.
         store: Where checkpoints go.
         run_id: Of the run.
-        keep_every: Epochs between weights that are kept for good; 0 = none are.
+        kept_steps: Steps whose weights are kept for good.
         taken: Names of checkpoints that are there; rank 0 writes beside them.
     """
 
@@ -58,7 +58,7 @@ class CheckpointKeeper:
     metrics: TrainMetrics
     store: RunStore
     run_id: str
-    keep_every: int
+    kept_steps: frozenset[int]
     taken: set[str]
     _is_written: threading.Event = field(default_factory=threading.Event)
 
@@ -151,7 +151,7 @@ class CheckpointKeeper:
         write_checkpoint(
             folder, contents, run_id=self.run_id, step=snapshot.step, metrics=metrics, files=files
         )
-        if self._is_kept_for_good(snapshot.step):
+        if snapshot.step in self.kept_steps:
             files.write_bytes(join_uri(self.store.kept, f"{name}.pth"), weights)
         seconds = time.perf_counter() - start_s
         logger.info(
@@ -161,11 +161,3 @@ class CheckpointKeeper:
             seconds,
         )
         self.board.post.remote({"kind": "checkpoint", "step": snapshot.step, "folder": folder})
-
-    def _is_kept_for_good(self, step: int) -> bool:
-        """Whether the step completed an epoch of those to keep."""
-        if self.keep_every == 0:
-            return False
-        batch = self.job.run.batch
-        done, before = (s * batch // self.num_images // self.keep_every for s in (step, step - 1))
-        return done > before

@@ -6,10 +6,17 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
-from retinaray.errors import CheckpointError, ConfigError, DatasetError, RetinarayError
+from retinaray.errors import (
+    CheckpointError,
+    ConfigError,
+    DatasetError,
+    DivergenceError,
+    RetinarayError,
+)
 
-# What a person has to mend: the next try would end the same way, after minutes.
-_USERS_FAULTS = (ConfigError, DatasetError, CheckpointError)
+# What a person has to mend: the next try would end the same way, after minutes. A divergence too:
+# the same batches come again.
+_USERS_FAULTS = (ConfigError, DatasetError, CheckpointError, DivergenceError)
 
 
 class MendableFailurePolicy(DefaultFailurePolicy):

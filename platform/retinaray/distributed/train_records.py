@@ -49,8 +49,8 @@ def open_run(job: TrainJob, folder: Path, store: RunStore) -> dict[str, Any]:
     """The run's record: a new one, or that of the interrupted run in this folder or store.
 
     Raises:
-        ConfigError: If the folder holds a run with other settings or data, and --override is not
-            given.
+        ConfigError: If the folder holds a run with other settings or data, or a new run would
+            replace a file, and --override is not given.
         CheckpointError: If the run has checkpoints, and none can be used.
     """
     read = make_reader(job.reading)
@@ -79,6 +79,7 @@ def open_run(job: TrainJob, folder: Path, store: RunStore) -> dict[str, Any]:
             "annotations_sha256": annotations,
             "versions": collect_versions(),
         }
+        _refuse_others_weights(job, folder)
         if _is_apart(store, folder):
             _clear_store(store, is_asked_for=job.run.override)
     if not path.exists() or job.run.override:
@@ -88,6 +89,21 @@ def open_run(job: TrainJob, folder: Path, store: RunStore) -> dict[str, Any]:
     if _is_apart(store, folder):
         store.write_record(found)
     return found
+
+
+def _refuse_others_weights(job: TrainJob, folder: Path) -> None:
+    """A new run writes over no file that it did not make, such as a checkpoint to start from.
+
+    Raises:
+        ConfigError: If there is one, and nobody said that it may go.
+    """
+    if Path(job.output).exists() and not job.run.override:
+        raise ConfigError(
+            f"{job.output} is there already, and {folder} holds no run to resume: give "
+            "another model path, or --override to replace it. To start from its weights: "
+            f"--fine-tune {job.output} and another model path (a checkpoint of ODTK's goes through "
+            "`retinaray import-odtk` first)"
+        )
 
 
 def _is_apart(store: RunStore, folder: Path) -> bool:

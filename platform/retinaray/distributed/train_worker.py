@@ -40,7 +40,14 @@ from retinaray.distributed.validation import make_validator
 from retinaray.log_format import start_worker_log
 from retinaray.storage import join_uri
 from retinaray.training.checkpoint_files import find_checkpoints
-from retinaray.training.loop import CheckpointKind, LoopEnd, LoopSettings, Progress, run_loop
+from retinaray.training.loop import (
+    CheckpointKind,
+    LoopEnd,
+    LoopSettings,
+    Progress,
+    plan_kept,
+    run_loop,
+)
 from retinaray.training.state import TrainingState
 
 logger = logging.getLogger(__name__)
@@ -90,6 +97,9 @@ def train_worker(config: dict[str, Any]) -> LoopEnd:
         )
         state.load(content, source=source)
         del content
+        if job.run.patience > 0 and state.num_stale >= job.run.patience:
+            # The run that is gone on with had ended here.
+            return "early"
     if rank == 0:
         for reason in beginning.refused:
             config["board"].post.remote({"kind": "refused", "reason": reason})
@@ -149,7 +159,12 @@ def _make_keeper(
         metrics=metrics,
         store=store,
         run_id=config["run_id"],
-        keep_every=config["keep_every"],
+        kept_steps=plan_kept(
+            settings.checkpoint_steps,
+            num_images=len(inputs.train),
+            batch=job.run.batch,
+            every_epochs=config["keep_every"],
+        ),
         taken=set(find_checkpoints(store.checkpoints, store.files)),
     )
 

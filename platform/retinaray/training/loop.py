@@ -26,6 +26,7 @@ __all__ = [
     "Progress",
     "never",
     "plan_checkpoints",
+    "plan_kept",
     "run_loop",
 ]
 
@@ -94,6 +95,32 @@ def plan_checkpoints(
     return (*steps, total_steps)
 
 
+def plan_kept(
+    checkpoint_steps: tuple[int, ...], *, num_images: int, batch: int, every_epochs: int
+) -> frozenset[int]:
+    """Which checkpoints' weights are kept for good.
+
+    Args:
+        checkpoint_steps: As `plan_checkpoints` gives them.
+        num_images: Images in the training set.
+        batch: Global batch.
+        every_epochs: Distance in epochs; 0 = none are kept.
+
+    Returns:
+        The first checkpoint at or after every so many epochs; those epochs need not be ones after
+        which a checkpoint is made.
+    """
+    if every_epochs == 0:
+        return frozenset()
+    kept, num_before = set(), 0
+    for step in checkpoint_steps:
+        num_done = step * batch // (num_images * every_epochs)
+        if num_done > num_before:
+            kept.add(step)
+        num_before = num_done
+    return frozenset(kept)
+
+
 def never() -> bool:
     """Nobody wants to stop."""
     return False
@@ -130,7 +157,7 @@ def run_loop(
         Why it ended.
 
     Raises:
-        RetinarayError: If too many steps in a row have no finite gradient.
+        DivergenceError: If too many steps in a row have no finite gradient.
     """
     total_steps = settings.total_steps
     step = _make_step(state, wrapped, settings)

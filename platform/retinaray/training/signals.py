@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from retinaray.errors import RetinarayError
+from retinaray.errors import DivergenceError
 from retinaray.training.step import StepResult
 
 READ_DELAY = 2
@@ -86,10 +86,10 @@ class StepSignals:
             else:
                 self._skipped.append(flags)
 
-    def describe_divergence(self) -> RetinarayError:
+    def describe_divergence(self) -> DivergenceError:
         """The error for a training that has diverged; only when it has."""
         last = self._skipped[-1]
-        return RetinarayError(
+        return DivergenceError(
             f"no finite gradient in {len(self._skipped)} steps up to step {last.step} "
             f"(last images: {', '.join(map(str, last.image_ids[:_IDS_NAMED]))}): lower the "
             "learning rate (--lr), look at these images with `retinaray doctor`, or allow more "

@@ -10,7 +10,7 @@ import torch
 
 from retinaray.artifact import ModelCard
 from retinaray.data.batching import Batch
-from retinaray.errors import RetinarayError
+from retinaray.errors import DivergenceError
 from retinaray.training import progress
 from retinaray.training.loop import (
     CheckpointKind,
@@ -19,6 +19,7 @@ from retinaray.training.loop import (
     Progress,
     never,
     plan_checkpoints,
+    plan_kept,
     run_loop,
 )
 from retinaray.training.state import TrainingState
@@ -143,6 +144,25 @@ def test_plan_checkpoints_ends_whole_epochs_and_the_training(
 def test_plan_checkpoints_is_quick_when_a_batch_holds_a_million_epochs() -> None:
     planned = plan_checkpoints(total_steps=1000, num_images=1, batch=10**6, every_epochs=1)
     assert planned == tuple(range(1, 1001))
+
+
+@pytest.mark.parametrize(
+    ("planned", "every", "kept"),
+    [
+        # 10 images by 4: epochs end after 2.5, 5, 7.5 and 10 steps.
+        ((3, 5, 8, 10), 1, {3, 5, 8, 10}),
+        ((3, 5, 8, 10), 2, {5, 10}),
+        ((3, 5, 8, 10), 5, set()),
+        # A checkpoint each third epoch: the second and the fourth are in the next ones.
+        ((8, 15, 20), 2, {8, 15, 20}),
+        ((8, 15, 20), 4, {15, 20}),
+        ((3, 5), 0, set()),
+    ],
+)
+def test_plan_kept_takes_the_first_checkpoint_at_or_after_every_so_many_epochs(
+    planned: tuple[int, ...], every: int, kept: set[int]
+) -> None:
+    assert plan_kept(planned, num_images=10, batch=4, every_epochs=every) == kept
 
 
 def test_run_loop_reports_means_over_the_steps_since_the_last_report(
@@ -315,7 +335,7 @@ def test_run_loop_gives_up_at_once_and_names_all_images_when_steps_are_skipped(
     settings = make_loop_settings(checkpoint_steps=(100,), log_every=10, max_skipped_steps=12)
     reports: list[Progress] = []
     kept: list[CheckpointKind] = []
-    with pytest.raises(RetinarayError, match=r"12 steps up to step 13 .*image-0, image-1.*--lr"):
+    with pytest.raises(DivergenceError, match=r"12 steps up to step 13 .*image-0, image-1.*--lr"):
         run_loop(
             state,
             state.model,
@@ -340,7 +360,7 @@ def test_run_loop_gives_up_before_the_last_checkpoint_when_the_final_steps_are_s
 ) -> None:
     scripted_steps([1.0, *[float("nan")] * 4])
     settings = make_loop_settings(checkpoint_steps=(5,), max_skipped_steps=4)
-    with pytest.raises(RetinarayError, match="4 steps up to step 5"):
+    with pytest.raises(DivergenceError, match="4 steps up to step 5"):
         run(state, [make_batch([BOX])] * 5, settings)
 
 
