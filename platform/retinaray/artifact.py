@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from retinaray.detector.retinanet import RetinaNet
 
 WEIGHTS_FORMAT = "retinaray-weights-1"
+_ODTK_KEYS = frozenset({"backbone", "classes", "state_dict"})
 METADATA_PREFIX = "retinaray."
 PREPROCESSING = (
     "RGB 0..255; EXIF applied; fit to canvas keeping aspect, floored; antialiased bilinear; "
@@ -231,6 +232,11 @@ def read_weights(content: bytes, *, source: str) -> tuple[ModelCard, RetinaNet]:
             card.
     """
     values = load_tensors(content, source=source)
+    if values.keys() >= _ODTK_KEYS:
+        raise CheckpointError(
+            f"{source}: is a checkpoint of ODTK's; make a weights file of it first: "
+            f"retinaray import-odtk {source} imported.pth"
+        )
     if values.get("format") != WEIGHTS_FORMAT:
         raise CheckpointError(
             f"{source}: expected a retinaray weights file (format {WEIGHTS_FORMAT!r}), "

@@ -66,6 +66,7 @@ DEFAULT_EPOCHS = 40
 DEFAULT_WARMUP_STEPS = 1000
 DEFAULT_SCORE_THRESHOLD = 0.05
 _LEARNING_RATES = {"adamw": 5e-4, "sgd": 0.01}
+_MANY_TIMES = 10
 _WEIGHT_DECAYS = {"adamw": 0.05, "sgd": 1e-4}
 
 
@@ -101,6 +102,26 @@ def count_steps(job: TrainJob, num_images: int) -> int:
     if job.run.iters is not None:
         return job.run.iters
     return -(-(job.run.epochs or DEFAULT_EPOCHS) * num_images // job.run.batch)
+
+
+def find_schedule_oddities(job: TrainJob, num_images: int) -> list[str]:
+    """What a training can be run with and hardly anybody means, a line each; empty = nothing."""
+    optim, steps = job.optim, count_steps(job, num_images)
+    found = []
+    late = [step for step in optim.milestones if step >= steps]
+    if late:
+        found.append(
+            f"optim.milestones (--milestones): {', '.join(map(str, late))} of {steps} steps are "
+            "never reached, and the learning rate does not fall there; give --iters, or --schedule "
+            "to stretch both"
+        )
+    usual = _LEARNING_RATES[optim.optimizer]
+    if optim.optimizer == "adamw" and (optim.peak_lr or 0) >= _MANY_TIMES * usual:
+        found.append(
+            f"optim.peak_lr={optim.peak_lr:g} (--lr) is {optim.peak_lr / usual:.0f} times AdamW's "
+            f"usual {usual:g}: a rate of SGD's goes with --optimizer sgd"
+        )
+    return found
 
 
 def make_anchor_spec(anchors: AnchorConfig) -> AnchorSpec:

@@ -144,8 +144,13 @@ class _Scanner:
         value = self._list_values(option, inline) if is_list else self._one_value(inline)
         if value is None:
             self._fault(f"{option.key} ({name}): no value came; expected {option.shape.expected}")
-        else:
-            self._change(option, value, name)
+            return
+        self._change(option, value, name)
+        # `--backbone A B` of ODTK: the second name is no positional argument.
+        more = [] if is_list or inline is not None else self._take_choices(option)
+        if more:
+            came = " ".join([str(value), *more])
+            self._fault(f"{name}: takes one value, and {1 + len(more)} came ({came}); give one")
 
     def _take_negation(self, option: Option, name: str, value: str | None) -> None:
         if value is not None:
@@ -230,6 +235,12 @@ class _Scanner:
         if first is None:
             return [] if option.shape.count == "" else None
         return [first, *self._number_values()]
+
+    def _take_choices(self, option: Option) -> list[str]:
+        taken = []
+        while self._rest and self._rest[0] in option.shape.choices:
+            taken.append(self._rest.pop(0))
+        return taken
 
     def _number_values(self) -> list[str]:
         taken = []

@@ -147,13 +147,14 @@ class AugmentConfig(Config):
     crop: Annotated[float, Field(ge=0, le=1), Flag("--crop", unit="probability")] = 0.3
     """Zoom into a random part that keeps at least one box whole."""
     brightness: Annotated[float, Field(ge=0, le=1), Flag("--augment-brightness")] = 0.2
-    """Brightness factor drawn from 1 +- this."""
+    """Brightness factor drawn evenly from 1 +- this, not from a normal distribution as in ODTK."""
     contrast: Annotated[float, Field(ge=0, le=1), Flag("--augment-contrast")] = 0.2
-    """Contrast factor drawn from 1 +- this."""
+    """Contrast factor drawn evenly from 1 +- this, not from a normal distribution as in ODTK."""
     saturation: Annotated[float, Field(ge=0, le=1), Flag("--augment-saturation")] = 0.2
-    """Saturation factor drawn from 1 +- this."""
+    """Saturation factor drawn evenly from 1 +- this, not from a normal distribution as in ODTK."""
     hue: Annotated[float, Field(ge=0, le=0.5), Flag("--augment-hue", unit="turns")] = 0.02
-    """Hue shift drawn from +- this part of the colour circle."""
+    """Hue shift drawn evenly from +- this part of the colour circle, not from a normal distribution
+    as in ODTK."""
     mosaic: Annotated[float, Field(ge=0, le=1), Flag("--mosaic", unit="probability")] = 0.0
     """Four images in one canvas."""
 

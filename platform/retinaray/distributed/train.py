@@ -20,6 +20,7 @@ from retinaray.assembly.training import (
     TrainingInputs,
     check_settings,
     count_steps,
+    find_schedule_oddities,
     make_card,
     read_inputs,
     resolve_paths,
@@ -185,6 +186,8 @@ def _announce(job: TrainJob, inputs: TrainingInputs) -> None:
         count_steps(job, len(train)),
         job.run.batch,
     )
+    for oddity in find_schedule_oddities(job, len(train)):
+        logger.warning("%s", oddity)
 
 
 def _track(job: TrainJob, folder: Path, record: Mapping[str, Any]) -> ExperimentRun:

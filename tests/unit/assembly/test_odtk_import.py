@@ -10,9 +10,13 @@ import torch
 
 from retinaray import cli
 from retinaray.artifact import read_weights
+from retinaray.assembly.evaluation import run_evaluation
+from retinaray.assembly.export import run_export
 from retinaray.assembly.odtk_import import run_odtk_import
+from retinaray.assembly.training import make_card, read_inputs
 from retinaray.config.import_schema import ImportOdtkJob
 from retinaray.config.loading import load_from_argv
+from retinaray.config.schema import EvaluateJob, ExportJob, TrainJob
 from retinaray.detector.retinanet import RetinaNet
 from retinaray.errors import CheckpointError, ConfigError, DatasetError, MissingFileError
 from retinaray.inference.predictor import PredictorSettings
@@ -38,7 +42,10 @@ PREFIXES = {
 def network() -> RetinaNet:
     """The network that ODTK is thought to have trained."""
     torch.manual_seed(0)
-    return RetinaNet(backbone="ResNet18FPN", num_classes=2, norm="bn").eval()
+    network = RetinaNet(backbone="ResNet18FPN", num_classes=2, norm="bn").eval()
+    # Sure enough of something to be scored.
+    torch.nn.init.zeros_(network.class_head.output.bias)
+    return network
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +90,39 @@ def test_run_odtk_import_writes_a_file_that_the_other_commands_read(
         Path(job.output).read_bytes(), uri=job.output, settings=PredictorSettings()
     )
     assert (predictor.canvas, predictor.backend) == ((64, 96), "torch")
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_imported_model_is_exported_scored_and_trained_further_like_any_other(
+    import_job: JobFactory, image_set: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    truth = ["--images", str(image_set.folder), "--annotations", str(image_set.annotations)]
+    job = import_job("--categories", str(image_set.annotations), "--size", "64", "96")
+    run_odtk_import(job)
+    onnx = str(tmp_path / "new.onnx")
+    run_export(load_from_argv(ExportJob, [job.output, onnx]))
+    scores = [
+        json.loads(run_evaluation(load_from_argv(EvaluateJob, [model, *truth])).to_json())
+        for model in (job.output, onnx)
+    ]
+    assert scores[0]["num_detections"] > 0
+    assert scores[1]["AP"] == pytest.approx(scores[0]["AP"], abs=1e-4)
+    further = ["further.pth", *truth, "--fine-tune", job.output, "--backbone", "ResNet18FPN"]
+    with caplog.at_level("INFO"):
+        train = load_from_argv(
+            TrainJob, [*further, "--anchors", "odtk-legacy", "--size", "64", "96"]
+        )
+        card, model = make_card(train, read_inputs(train), run_id="further")
+    assert "class head kept: the same 2 classes" in caplog.text
+    assert card.anchors.convention == "odtk-legacy"
+    _, imported = read_weights(Path(job.output).read_bytes(), source="new.pth")
+    taken, wanted = model.state_dict(), imported.state_dict()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in taken.items())
+
+
+def test_commands_say_how_a_checkpoint_of_odtk_is_imported(checkpoint: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"ODTK's.*retinaray import-odtk .*old\.pth imported"):
+        read_weights(checkpoint.read_bytes(), source=str(checkpoint))
 
 
 def test_run_odtk_import_writes_nothing_when_an_input_is_wrong(

@@ -15,6 +15,7 @@ from retinaray.assembly.training import (
     check_settings,
     choose_autocast,
     count_steps,
+    find_schedule_oddities,
     hash_settings,
     make_augment_settings,
     make_card,
@@ -333,6 +334,31 @@ def test_make_loader_gives_each_worker_its_slice_of_the_same_batches(
     resumed = load(0, 1, first_step=2)
     assert [batch.image_ids for batch in resumed] == [whole[2].image_ids]
     assert torch.equal(resumed[0].images, whole[2].images)
+    # Another number of workers goes on with the same images.
+    left, right = (load(rank, 2, first_step=2)[0] for rank in (0, 1))
+    assert left.image_ids + right.image_ids == whole[2].image_ids
+    assert torch.equal(torch.cat((left.images, right.images)), whole[2].images)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, []),
+        ({"run.iters": 90, "optim.milestones": [60, 80]}, []),
+        ({"run.iters": 70, "optim.milestones": [60, 80]}, ["80 of 70 steps are never reached"]),
+        # 2 epochs of 6 images by 4.
+        ({"run.epochs": 2, "optim.milestones": [3, 6000]}, ["3, 6000 of 3 steps are never"]),
+        ({"optim.peak_lr": 0.01}, ["20 times AdamW's usual 0.0005"]),
+        ({"optim.peak_lr": 0.004}, []),
+        ({"optim.peak_lr": 0.01, "optim.optimizer": "sgd"}, []),
+    ],
+)
+def test_find_schedule_oddities_tells_what_hardly_anybody_means(
+    make_train_job: JobFactory, changes: dict[str, Any], words: list[str]
+) -> None:
+    found = find_schedule_oddities(make_train_job({"run.batch": 4, **changes}), num_images=6)
+    assert len(found) == len(words)
+    assert all(part in line for part, line in zip(words, found, strict=True))
 
 
 def test_make_augment_settings_turns_jitter_into_a_factor(make_train_job: JobFactory) -> None:

@@ -16,6 +16,7 @@ FaultsOf = Callable[[type[Job], list[str]], list[str]]
 TRAIN_FLAGS = [
     ("--images data/train", ""),
     ("--backbone ResNet18FPN", ""),
+    ("--backbone ResNet18FPN ResNet34FPN", "takes one value, and 2 came (ResNet18FPN ResNet34"),
     ("--classes 2", ""),
     ("--batch 16", ""),
     ("--resize 640", ""),
