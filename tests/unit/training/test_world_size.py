@@ -1,10 +1,11 @@
-"""One process with a batch of 8, two with 4 each and four with 2 each take the same steps.
+"""One process with a batch of 8, two with 4 and four with 2 take the same steps on real images.
 
 Run as a script, this file forks the processes: torch is imported once for all.
 """
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import subprocess
@@ -17,43 +18,54 @@ import torch.distributed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from retinaray.data.batching import Batch
+from retinaray.data.augmentation import AugmentSettings
+from retinaray.data.batching import Batch, TrainingDataset, collate_samples
+from retinaray.data.coco import load_coco
+from retinaray.data.stream_sampler import StreamSampler
 from retinaray.detector.retinanet import RetinaNet
 from retinaray.training.loop import CheckpointKind, LoopSettings, Progress, run_loop
 from retinaray.training.schedule import Schedule
 from retinaray.training.state import TrainingState
 from retinaray.training.step import LossSettings, WeightAverage, make_optimizer
 
-NUM_BOXES = (5, 4, 3, 2, 1, 0, 0, 0)  # the last processes have nearly nothing
+NUM_IMAGES, BATCH = 12, 8
 WORLD_SIZES = (2, 4)
 STEPS = 6
 # Rank 1 wants to stop after step 1: its vote travels with step 2, and is read after step 4.
 ASKED_AFTER, STOPPED_AFTER = 1, 4
 
 
-def make_share(first: int, last: int) -> Batch:
-    """Images `first` to `last` of eight; padded to the most boxes of that share only."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8, generator=generator)
-    corners = torch.rand(8, 5, 2, generator=generator) * 40
-    sides = 10 + torch.rand(8, 5, 2, generator=generator) * 30
-    boxes = torch.cat((corners, corners + sides), dim=-1)
-    classes = torch.randint(0, 3, (8, 5), generator=generator)
-    counts = torch.tensor(NUM_BOXES)
-    most = max(1, max(NUM_BOXES[first:last]))
-    rows = slice(first, last)
-    is_valid = torch.arange(most) < counts[rows, None]
-    return Batch(
-        images=images[rows],
-        boxes_xyxy=boxes[rows, :most],
-        class_indices=classes[rows, :most],
-        is_valid=is_valid,
-        is_crowd=torch.zeros_like(is_valid),
-        image_ids=tuple(range(first, last)),
+def read_share(data: Path, rank: int, world_size: int) -> list[Batch]:
+    """A rank's batches of six steps over twelve blood smears, augmented and shuffled by epoch.
+
+    Five of them are without their annotations: in a small share may be nothing to find.
+    """
+    coco = json.loads((data / "train.json").read_bytes())
+    coco["images"] = coco["images"][:NUM_IMAGES]
+    labelled = {image["id"] for image in coco["images"][5:]}
+    coco["annotations"] = [row for row in coco["annotations"] if row["image_id"] in labelled]
+    dataset = TrainingDataset(
+        dataset=load_coco(json.dumps(coco).encode()),
+        images_root=str(data / "images"),
+        read=lambda uri: Path(uri).read_bytes(),
+        canvas=(48, 64),
+        augment=AugmentSettings(flip=0.5, scale_range=(0.8, 1.25), crop=0.5, mosaic=0.3),
+        seed=3,
+        max_pixels=10**6,
+        allow_truncated=False,
     )
+    sampler = StreamSampler(
+        num_images=NUM_IMAGES,
+        batch=BATCH,
+        rank=rank,
+        world_size=world_size,
+        seed=3,
+        last_step=STEPS,
+    )
+    return [collate_samples([dataset[index] for index in indices]) for indices in sampler]
 
 
-def train(rank: int, world_size: int) -> dict[str, torch.Tensor]:
+def train(data: Path, rank: int, world_size: int) -> dict[str, torch.Tensor]:
     """Losses of a rank's steps, gradients of the last, and what the training comes to."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -69,16 +81,15 @@ def train(rank: int, world_size: int) -> dict[str, torch.Tensor]:
     wrapped: nn.Module = model
     if world_size > 1:
         wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    share = 8 // world_size
     reports: list[Progress] = []
     kept: list[tuple[int, CheckpointKind]] = []
     end = run_loop(
         state,
         wrapped,
-        [make_share(share * rank, share * rank + share)] * STEPS,
+        read_share(data, rank, world_size),
         LoopSettings(
-            batch=8,
-            num_images=8,
+            batch=BATCH,
+            num_images=NUM_IMAGES,
             checkpoint_steps=(STEPS,),
             log_every=1,
             loss=LossSettings(),
@@ -102,21 +113,21 @@ def train(rank: int, world_size: int) -> dict[str, torch.Tensor]:
     return values
 
 
-def run_rank(rank: int, world_size: int, folder: Path) -> None:
+def run_rank(rank: int, world_size: int, folder: Path, data: Path) -> None:
     torch.distributed.init_process_group(
         "gloo",
         init_method=f"file://{folder}/meeting{world_size}",
         rank=rank,
         world_size=world_size,
     )
-    torch.save(train(rank, world_size), folder / f"rank{rank}of{world_size}.pth")
+    torch.save(train(data, rank, world_size), folder / f"rank{rank}of{world_size}.pth")
     torch.distributed.destroy_process_group()
 
 
-def fork_ranks(folder: Path) -> None:
+def fork_ranks(folder: Path, data: Path) -> None:
     context = multiprocessing.get_context("fork")
     ranks = [
-        context.Process(target=run_rank, args=(rank, world_size, folder))
+        context.Process(target=run_rank, args=(rank, world_size, folder, data))
         for world_size in WORLD_SIZES
         for rank in range(world_size)
     ]
@@ -128,12 +139,12 @@ def fork_ranks(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, shared_data: Path) -> Path:
     """What all ranks of both sizes have saved."""
     folder = tmp_path_factory.mktemp("ranks")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [sys.executable, __file__, str(folder)],
+        [sys.executable, __file__, str(folder), str(shared_data / "bccd")],
         env=environment,
         capture_output=True,
         text=True,
@@ -145,10 +156,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected() -> dict[str, torch.Tensor]:
+def expected(shared_data: Path) -> dict[str, torch.Tensor]:
     """What one process with the whole batch comes to."""
     before = torch.get_num_threads()
-    values = train(0, 1)
+    values = train(shared_data / "bccd", 0, 1)
     torch.set_num_threads(before)
     return values
 
@@ -176,4 +187,4 @@ def test_run_loop_trains_alike_and_stops_together_when_processes_share_the_batch
 
 
 if __name__ == "__main__":
-    fork_ranks(Path(sys.argv[1]))
+    fork_ranks(*map(Path, sys.argv[1:]))
