@@ -115,10 +115,10 @@ def find_schedule_oddities(job: TrainJob, num_images: int) -> list[str]:
             "never reached, and the learning rate does not fall there; give --iters, or --schedule "
             "to stretch both"
         )
-    usual = _LEARNING_RATES[optim.optimizer]
-    if optim.optimizer == "adamw" and (optim.peak_lr or 0) >= _MANY_TIMES * usual:
+    usual, peak = _LEARNING_RATES[optim.optimizer], optim.peak_lr or 0.0
+    if optim.optimizer == "adamw" and peak >= _MANY_TIMES * usual:
         found.append(
-            f"optim.peak_lr={optim.peak_lr:g} (--lr) is {optim.peak_lr / usual:.0f} times AdamW's "
+            f"optim.peak_lr={peak:g} (--lr) is {peak / usual:.0f} times AdamW's "
             f"usual {usual:g}: a rate of SGD's goes with --optimizer sgd"
         )
     return found
