@@ -184,6 +184,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_to(sys.stderr, _format_overview())
         return NOTHING_TO_RUN
     first, rest = (words[0], words[1:]) if words else ("", [])
+    if first in VERBS:
+        return run_verb(first, [_JSON, *rest])
     if first in _HELP:
         return _print_help(rest, is_json=is_json)
     if first in _VERSION:
@@ -206,6 +208,8 @@ def _print_help(words: Sequence[str], *, is_json: bool) -> int:
     """What there is, or the help of a command."""
     if words and words[0] in VERBS:
         return run_verb(words[0], ["--help", *([_JSON] if is_json else [])])
+    if words and not words[0].startswith("-"):
+        return _refuse(ConfigError(_describe_no_verb(words[0], [])), is_json=is_json)
     write_to(sys.stdout, _list_commands() if is_json else _format_overview())
     return 0
 

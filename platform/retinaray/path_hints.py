@@ -19,6 +19,7 @@ _DEEPEST = 4
 _MOST_FOLDERS = 100
 _IMAGES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
 _MODELS = frozenset({".pth", ".onnx", ".plan", ".engine"})
+_KINDS = (_IMAGES, _MODELS, frozenset({".json", ".jsonl"}), frozenset({".yaml", ".yml"}))
 
 
 def hint_at_error(error: BaseException) -> str:
@@ -94,7 +95,7 @@ def hint_at_folder(path: Path) -> str:
         return "the folder is empty"
     endings = Counter(Path(name).suffix.lower() for name in names)
     lowered = {name.lower() for name in names}
-    if "annotations" in lowered and "jpegimages" in lowered:
+    if any(map(_is_voc, (path, *(path / name for name in names[:_MOST_FOLDERS])))):
         return _propose_conversion(path, "voc", "looks like Pascal VOC")
     if {"data.yaml", "dataset.yaml", "labels"} & lowered:
         images = shlex.quote(str(path / "images"))
@@ -108,7 +109,7 @@ def hint_at_folder(path: Path) -> str:
     if endings[".xml"]:
         return _propose_conversion(path, "voc", "holds XML; if that is Pascal VOC")
     if is_beside_images:
-        return "it holds images: give it as --images"
+        return "it holds images, which belong to --images where a command has that"
     if endings[".txt"]:
         return _propose_conversion(
             path, "yolo", "holds .txt files; if these are YOLO labels", more=" --images FOLDER"
@@ -117,13 +118,31 @@ def hint_at_folder(path: Path) -> str:
 
 
 def _find_nearest(missing: Path, names: Sequence[str]) -> str:
-    """The name whose stem is most like the missing one's; of equals the one with its ending."""
+    """The name whose stem is most like the missing one's; of equals the one with its ending.
+
+    A file of another kind is none: labels are not offered for a model.
+    """
     stems: dict[str, str] = {}
+    others = frozenset[str]().union(
+        *(kind for kind in _KINDS if missing.suffix.lower() not in kind)
+    )
+    is_known = any(missing.suffix.lower() in kind for kind in _KINDS)
     for name in sorted(names, key=lambda name: Path(name).suffix != missing.suffix):
+        if is_known and Path(name).suffix.lower() in others:
+            continue
         stems.setdefault(Path(name).stem.lower(), name)
     # Endings are left out: all files of a folder are alike in these.
     alike = difflib.get_close_matches(missing.stem.lower(), stems, n=1)
     return stems[alike[0]] if alike else ""
+
+
+def _is_voc(folder: Path) -> bool:
+    """Whether labels lie in a folder as in Pascal VOC; the images may be elsewhere."""
+    if not (folder / "Annotations").is_dir():
+        return False
+    if (folder / "JPEGImages").is_dir():
+        return True
+    return any(name.lower().endswith(".xml") for name in _list_names(folder / "Annotations"))
 
 
 def _propose_conversion(path: Path, name: str, looks: str, more: str = "") -> str:

@@ -8,7 +8,8 @@ A comment directly before a fenced block directs how its commands are tested:
     <!-- test VERB: ARGUMENTS -->  appended to the commands of this verb
     <!-- expect: exit 2 -->   how every command of the block ends
     <!-- setup: NAME -->      what is there before: `model.pth` or `model.onnx`, a network that
-                              finds something; `s3`, a server whose bucket `bucket` holds images/;
+                              finds something; `demo_run`, what `make demo` leaves of data and of a
+                              training; `s3`, a server whose bucket `bucket` holds images/;
                               or a file name, for the last block of YAML or Python above
 """
 
@@ -26,7 +27,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NEEDS = frozenset({"gpu", "cloud", "jetson", "network", "cluster", "data"})
-PREPARED = frozenset({"model.pth", "model.onnx", "s3"})
+PREPARED = frozenset({"model.pth", "model.onnx", "demo_run", "s3"})
 _PROGRAMS = frozenset(
     {
         *("aws", "cat", "cd", "cp", "do", "docker", "done", "export", "for", "git", "head"),

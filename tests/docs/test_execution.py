@@ -129,6 +129,13 @@ def _make_setup(name: str, page: Any, folder: Path, request: pytest.FixtureReque
         (folder / name).write_text(page.files[name], encoding="utf-8")
     elif name == "s3":
         _fill_bucket(request.getfixturevalue("s3_server"), folder)
+    elif name == "demo_run":
+        (folder / "demo_run").mkdir()
+        (folder / "demo_run" / "data").symlink_to(folder / "data")
+        data = ("--images", "data/images", "--annotations", "data/train.json")
+        small = ("--backbone", "ResNet10FPN", "--fpn-channels", "16", "--head-depth", "0")
+        more = ("--val-annotations", "data/val.json", "--size", "64", "96", "--epochs", "2")
+        _run_quietly(["train", "demo_run/model.pth", *data, *small, *more, "--batch", "4"])
     else:
         # Asked for when it is needed: it takes torch.
         shutil.copy(request.getfixturevalue("tiny_model"), folder / "model.pth")

@@ -280,6 +280,7 @@ def test_main_prints_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("argv", "words"),
     [
         (["trian"], "trian: no such command; expected one of .*; nearest: train$"),
+        (["help", "trian"], "trian: no such command; expected one of .*; nearest: train$"),
         (["Train"], "; nearest: train$"),
         (["predict"], "predict: no such command; .*; nearest: infer$"),
         (["zzz"], "zzz: no such command; expected one of .*demo$"),
@@ -306,6 +307,12 @@ def test_main_shows_all_commands_when_none_came(capsys: pytest.CaptureFixture[st
     assert printed.out == ""
     assert "  train " in printed.err
     assert "retinaray demo " in printed.err
+
+
+def test_main_takes_json_before_the_verb_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--json", "doctor", "--annotations", "absent.json"]) == 2
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["verb"] == "doctor"
 
 
 def test_main_helps_with_a_verb_when_asked_by_the_word(

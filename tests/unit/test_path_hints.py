@@ -34,6 +34,8 @@ def _fill(folder: Path, *names: str) -> Path:
         ("none/at/all.json", "the folder {}/none is not there"),
         ("quite_other.pth", ""),
         ("none.json", ""),
+        # Labels are not offered for a model.
+        ("train.pth", ""),
     ],
 )
 def test_hint_at_missing_names_the_nearest(tmp_path: Path, wrong: str, hint: str) -> None:
@@ -85,11 +87,13 @@ def test_hint_at_folder_shows_no_control_characters_and_quotes_blanks(tmp_path: 
             "it looks like Pascal VOC: `retinaray convert {0} train.json --from voc` makes COCO "
             "of it",
         ),
+        (("Annotations/a.xml", "ImageSets/Main/default.txt", "labelmap.txt"), "--from voc`"),
+        (("VOC2012/Annotations/a.xml", "VOC2012/JPEGImages/a.jpg"), "{0} train.json --from voc`"),
         (("data.yaml", "labels/a.txt"), "--from yolo --images {0}/images`"),
         (("train.json", "val.json", "images/a.jpg"), "it holds {0}/train.json, {0}/val.json"),
         (("a.jpg", "a.json", "b.json", "c.json", "d.json"), "--from labelme`"),
         (("a.xml", "b.xml"), "--from voc`"),
-        (("a.jpg", "b.png"), "it holds images: give it as --images"),
+        (("a.jpg", "b.png"), "it holds images, which belong to --images where a command has that"),
         (("a.txt",), "--from yolo --images FOLDER`"),
         (("best.pth", "loss.png"), "it holds {0}/best.pth"),
         (("1", "2", "3", "4"), "it holds {0}/1, {0}/2, {0}/3 and 1 more"),

@@ -113,7 +113,10 @@ def _read_labels(job: ConvertJob, reference: LabelledSet | None) -> LabelledSet:
             raise ValueError("coco-results without a reference")
         return read_coco_results(source, reference)
     if not source.is_dir() and job.source_format != "open-images":
-        raise DatasetError(f"{source}: expected a folder of {job.source_format} labels")
+        raise DatasetError(
+            f"{source}: expected a folder of {job.source_format} labels, found a file; give the "
+            "folder that it is in, or another --from"
+        )
     names = _read_names(job, source, reference)
     if job.source_format == "labelme":
         return read_labelme(source, names=names)

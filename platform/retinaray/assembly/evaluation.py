@@ -20,6 +20,7 @@ from retinaray.assembly.reading import (
 from retinaray.assembly.threshold_choice import describe_point
 from retinaray.config.schema import EvaluateJob
 from retinaray.data.coco import load_coco
+from retinaray.data.coco_results import check_coco_results
 from retinaray.errors import DatasetError
 from retinaray.evaluation.candidates import DetectionSetting, apply_setting
 from retinaray.evaluation.coco_map import CocoScores, evaluate_detections
@@ -232,14 +233,8 @@ def _detect_twice(job: EvaluateJob, predictor: Predictor, truth: Any) -> _Found:
 
 
 def _score_file(job: EvaluateJob, truth: Any) -> EvaluateOutcome:
-    detections = read_json(_name(job), job.reading)
-    if not isinstance(detections, list):
-        is_dataset = isinstance(detections, dict) and "images" in detections
-        found = "a data set" if is_dataset else type(detections).__name__
-        raise DatasetError(
-            f"{_name(job)}: expected a COCO results list, found {found}; give the detections.json "
-            "of `retinaray infer`, or a model"
-        )
+    content = read_json(_name(job), job.reading)
+    detections = check_coco_results(content, source=_name(job))
     return _score_list(job, truth, detections, _name(job))
 
 
@@ -270,7 +265,7 @@ def _write_detections(job: EvaluateJob, detections: list[dict[str, object]]) -> 
 def _score(truth: Any, detections: list[dict[str, object]], source: str) -> CocoScores:
     try:
         return evaluate_detections(truth, detections)
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise DatasetError(f"detections against {source}: {error}") from error
 
 

@@ -117,9 +117,9 @@ def analyse_detections(source: DetectionSource, *, rule: str) -> AnalysedDetecti
     Raises:
         DatasetError: If the annotations cannot be used, or do not belong to the detections.
     """
+    dataset = _load_truth(source)
     try:
         scores = evaluate_detections(source.truth, source.results)
-        dataset = _load_truth(source)
         curves, points, origin = _find_points(source, dataset, rule)
         thresholds = thresholds_of(points, dataset.categories)
         table = tabulate_overlaps(source.results, dataset)
@@ -135,7 +135,7 @@ def analyse_detections(source: DetectionSource, *, rule: str) -> AnalysedDetecti
             errors=summarize_errors(labels),
             calibration=calibrate_scores(labels, floor=DEFAULT_THRESHOLD),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise DatasetError(f"detections against {source.truth_name}: {error}") from error
     return AnalysedDetections(analysis, labels, thresholds, source)
 

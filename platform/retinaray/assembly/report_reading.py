@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from retinaray.assembly.reading import read_json, read_model_card, read_model_file
@@ -14,11 +15,14 @@ from retinaray.assembly.report_training import open_sweep, open_training, thresh
 from retinaray.assembly.run_plan import list_truth, make_output
 from retinaray.config.report_schema import ReportJob
 from retinaray.config.schema import InferJob
+from retinaray.data.coco_results import check_coco_results
 from retinaray.errors import CheckpointError, ConfigError, DatasetError, StorageError
 from retinaray.inference.run_files import RunFiles
 from retinaray.path_hints import hint_at_missing
 from retinaray.reporting.report.contents import ReportedRun
 from retinaray.storage import Storage, is_s3, join_uri, local_path
+
+_MOST_SHOWN = 3
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +58,18 @@ def open_run(uri: str, job: ReportJob, storage: Storage) -> OpenedRun:
         return open_sweep(uri, job, storage)
     elif not is_s3(uri) and (local_path(uri) / "metrics.jsonl").is_file():
         return open_training(uri, {}, job, storage)
-    hint = "" if is_s3(uri) else hint_at_missing(local_path(uri))
+    hint = "" if is_s3(uri) else _hint_at_runs(local_path(uri))
     raise DatasetError(
         f"{uri}: expected what train, tune or infer left, a folder with run.json or sweep.json, or "
         "a .json file of detections, evaluate or parity; found none of these: name the run's folder"
         + (f"; {hint}" if hint else "")
     )
+
+
+def _hint_at_runs(path: Path) -> str:
+    """Runs that lie in a folder which is none; or what the path may have meant."""
+    inner = sorted(str(record.parent) for record in path.glob("*/run.json"))
+    return f"it holds {', '.join(inner[:_MOST_SHOWN])}" if inner else hint_at_missing(path)
 
 
 def _open_inference(
@@ -141,7 +151,7 @@ def _open_file(uri: str, job: ReportJob) -> OpenedRun:
     content = read_json(uri, job.reading)
     name = uri.rsplit("/", 1)[-1]
     if isinstance(content, list):
-        return _open_detections(uri, name, content, job)
+        return _open_detections(uri, name, check_coco_results(content, source=uri), job)
     if isinstance(content, dict) and {"rows", "references", "tolerance"} <= content.keys():
         facts = {"model": str(content["model"]), "images": str(content["num_images"])}
         facts["machine"] = str(content["machine"])

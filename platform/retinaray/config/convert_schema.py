@@ -70,7 +70,13 @@ class ConvertJob(Job):
             [
                 (
                     source != target or self.reference is not None or self.difficult != "keep",
-                    f"source_format and target_format are both {source}: give --from or --to",
+                    f"source_format (--from) and target_format (--to) are both {source}: "
+                    + (
+                        "give one of them"
+                        if source != "coco" or self.source.endswith(".json")
+                        else f"{self.source} is no JSON file; say which labels it holds, such as "
+                        "--from voc"
+                    ),
                 ),
                 (
                     bool(has_sizes),

@@ -30,6 +30,8 @@ from retinaray.data.input_cost import CostWatch, InputCost
 from retinaray.data.stream_sampler import StreamIndex
 from retinaray.errors import DatasetError, ImageError, StorageError, UnreadableFileError
 
+_LEAST_BOXES = 8
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -54,7 +56,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples as tensors; ground truth is padded to the largest count in the batch.
+    """Samples as tensors; ground truth is padded to the next power of two from 8 on.
 
     Attributes:
         images: RGB 0..255, uint8.
@@ -292,8 +294,14 @@ class TrainingDataset(Dataset[Sample]):
 
 
 def collate_samples(samples: Sequence[Sample]) -> Batch:
-    """Stack samples of one canvas size into a batch; at least one sample."""
-    num_boxes = max(1, max(len(sample.boxes_xyxy) for sample in samples))
+    """Stack samples of one canvas size into a batch; at least one sample.
+
+    A training meets a handful of shapes, whatever its images hold: what was chosen, compiled or
+    captured for a shape of the step is used again.
+    """
+    num_boxes = _LEAST_BOXES
+    while num_boxes < max(len(sample.boxes_xyxy) for sample in samples):
+        num_boxes *= 2
     boxes = torch.zeros(len(samples), num_boxes, 4)
     class_indices = torch.zeros(len(samples), num_boxes, dtype=torch.int64)
     is_valid = torch.zeros(len(samples), num_boxes, dtype=torch.bool)

@@ -6,7 +6,9 @@ number by number. D detections of one image.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -14,11 +16,71 @@ from jaxtyping import Bool, Float
 from retinaray.data.coco import CategoryTable
 from retinaray.data.transforms import Placement
 from retinaray.detector.postprocess import Detections
+from retinaray.errors import DatasetError
 
 BOX_DIGITS = 2
 """Corners are rounded to a hundredth of a pixel, below what any runtime repeats."""
 SCORE_DIGITS = 6
 """Scores are rounded to a millionth, below what any runtime repeats."""
+_RESULT_KEYS = ("image_id", "category_id", "bbox", "score")
+_SIDES = 4
+_LONGEST_SHOWN = 60
+
+
+def check_coco_results(content: Any, *, source: str) -> list[dict[str, Any]]:
+    """The detections of a JSON file, of whatever origin.
+
+    Args:
+        content: What the file holds.
+        source: Its name, for faults.
+
+    Returns:
+        The same: dicts with image_id, category_id, bbox (four finite numbers, xywh) and score (a
+        finite number). Whether a data set has the ids is not known here.
+
+    Raises:
+        DatasetError: If it is no list of these; the first that is none is told by its number, from
+            1, with what came.
+    """
+    if not isinstance(content, list):
+        is_dataset = isinstance(content, dict) and "images" in content
+        found = "a data set" if is_dataset else type(content).__name__
+        raise DatasetError(
+            f"{source}: expected a COCO results list, found {found}; give the detections.json "
+            "of `retinaray infer`, or a model"
+        )
+    for number, entry in enumerate(content, start=1):
+        fault = _find_fault(entry)
+        if fault:
+            raise DatasetError(
+                f"{source}: detection {number}: {fault}; write each as image_id, category_id, bbox "
+                "(x, y, width, height in pixels) and score"
+            )
+    return content
+
+
+def _find_fault(entry: Any) -> str:
+    if not isinstance(entry, dict):
+        return f"expected an object, found {_show(entry)}"
+    missing = [name for name in _RESULT_KEYS if name not in entry]
+    if missing:
+        return f"lacks {', '.join(missing)}"
+    for name in ("image_id", "category_id"):
+        if not isinstance(entry[name], (int, str)) or isinstance(entry[name], bool):
+            return f"{name}: expected a whole number or a text, found {_show(entry[name])}"
+    bbox, score = entry["bbox"], entry["score"]
+    if not (isinstance(bbox, list) and len(bbox) == _SIDES and all(map(_is_finite, bbox))):
+        return f"bbox: expected four finite numbers, found {_show(bbox)}"
+    return "" if _is_finite(score) else f"score: expected a finite number, found {_show(score)}"
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def round_boxes(

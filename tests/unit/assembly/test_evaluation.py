@@ -167,9 +167,27 @@ def test_run_evaluation_refuses_a_model_of_other_classes(
     [
         ({"annotations": []}, "expected a COCO results list, found dict"),
         ([{"image_id": 99, "category_id": 7, "bbox": [0, 0, 1, 1], "score": 1}], "image_id=99"),
-        ([{"image_id": 1, "category_id": 7, "bbox": [0, 0, 1, 1]}], "score"),
-        ([{"image_id": 1, "category_id": 7, "bbox": [0, 0], "score": 1}], "detections against"),
-        (["text"], "detections against"),
+        ([{"image_id": 1, "category_id": 7, "bbox": [0, 0, 1, 1]}], "detection 1: lacks score"),
+        (
+            [
+                {"image_id": 1, "category_id": 7, "bbox": [0, 0, 1, 1], "score": 1},
+                {"image_id": 1, "category_id": 7, "bbox": [0, 0], "score": 1},
+            ],
+            r"found.json: detection 2: bbox: expected four finite numbers, found \[0, 0\]",
+        ),
+        (
+            [{"image_id": 1, "category_id": 7, "bbox": [0, 0, "a", 1], "score": 1}],
+            "detection 1: bbox: expected four finite numbers",
+        ),
+        (
+            [{"image_id": None, "category_id": 7, "bbox": [0, 0, 1, 1], "score": 1}],
+            "detection 1: image_id: expected a whole number or a text, found None",
+        ),
+        (
+            [{"image_id": 1, "category_id": 7, "bbox": [0, 0, 1, 1], "score": "1"}],
+            "detection 1: score: expected a finite number, found '1'",
+        ),
+        (["text"], "detection 1: expected an object, found 'text'"),
     ],
 )
 def test_run_evaluation_refuses_detections_that_are_none(

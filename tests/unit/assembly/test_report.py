@@ -295,6 +295,10 @@ def test_run_report_tells_of_files_of_evaluate_and_parity(
 def test_run_report_refuses_what_is_no_run(write_report: RunReport, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="expected what train, tune or infer left"):
         write_report(tmp_path)
+    (tmp_path / "above" / "model_run").mkdir(parents=True)
+    (tmp_path / "above" / "model_run" / "run.json").write_text("{}")
+    with pytest.raises(DatasetError, match=r"name the run's folder; it holds .*above/model_run$"):
+        write_report(tmp_path / "above")
     other = tmp_path / "other.json"
     other.write_text('{"a": 1}')
     with pytest.raises(DatasetError, match="found other JSON"):
@@ -312,6 +316,11 @@ def test_run_report_refuses_detections_that_it_cannot_judge(
     other.write_text(json.dumps(image_set.coco | {"images": [], "annotations": []}))
     with pytest.raises(DatasetError, match="which the ground truth does not have"):
         write_report(detections, "--annotations", other)
+    with pytest.raises(DatasetError, match=f"{detections.name}: not COCO: .*found a list"):
+        write_report(detections, "--annotations", detections)
+    other.write_text(json.dumps([{"image_id": 1, "category_id": 7, "score": 1}]))
+    with pytest.raises(DatasetError, match=r"other\.json: detection 1: lacks bbox"):
+        write_report(other, "--annotations", image_set.annotations)
 
 
 def test_run_report_refuses_a_folder_without_the_images(

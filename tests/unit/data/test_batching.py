@@ -330,24 +330,38 @@ def test_dataset_marks_stumps_and_crowds_as_ignored() -> None:
         assert sample.boxes_xyxy[:2].tolist() == [[0, 0, 50, 50]] * 2
 
 
-def test_collate_samples_pads_to_the_largest_count(coco: CocoDataset) -> None:
+def test_collate_samples_pads_ground_truth(coco: CocoDataset) -> None:
     dataset = dataset_of(coco)
     batch = collate_samples([dataset[0, 3], dataset[0, 1]])
     assert batch.images.shape == (2, 3, 96, 128)
     assert batch.images.dtype == torch.uint8
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
     assert batch.images[1].permute(1, 2, 0).equal(torch.from_numpy(dataset[0, 1].image))
-    assert batch.is_valid.tolist() == [[False, False], [True, True]]
-    assert batch.boxes_xyxy[1].equal(torch.from_numpy(dataset[0, 1].boxes_xyxy))
-    assert batch.class_indices.tolist() == [[0, 0], [1, 1]]
+    assert batch.is_valid.tolist() == [[False] * 8, [True] * 2 + [False] * 6]
+    assert batch.boxes_xyxy[1, :2].equal(torch.from_numpy(dataset[0, 1].boxes_xyxy))
+    assert batch.class_indices.tolist() == [[0] * 8, [1, 1] + [0] * 6]
     assert not batch.boxes_xyxy[0].any()
     assert not batch.is_crowd.any()
     assert batch.image_ids == (103, 101)
 
 
-def test_collate_samples_keeps_one_empty_row_when_there_are_no_boxes(coco: CocoDataset) -> None:
+@pytest.mark.parametrize(("most", "rows"), [(1, 8), (8, 8), (9, 16), (16, 16), (700, 1024)])
+def test_collate_samples_makes_few_shapes(coco: CocoDataset, most: int, rows: int) -> None:
+    sample = dataset_of(coco)[0, 3]
+    crowded = replace(
+        sample,
+        boxes_xyxy=np.ones((most, 4), dtype=np.float32),
+        class_indices=np.ones(most, dtype=np.int64),
+        is_crowd=np.zeros(most, dtype=np.bool_),
+    )
+    batch = collate_samples([sample, crowded])
+    assert batch.boxes_xyxy.shape == (2, rows, 4)
+    assert batch.is_valid.sum(dim=1).tolist() == [0, most]
+
+
+def test_collate_samples_keeps_empty_rows_when_there_are_no_boxes(coco: CocoDataset) -> None:
     batch = collate_samples([dataset_of(coco)[0, 3]] * 3)
-    assert batch.boxes_xyxy.shape == (3, 1, 4)
+    assert batch.boxes_xyxy.shape == (3, 8, 4)
     assert batch.class_indices.dtype == torch.int64
     assert not batch.is_valid.any()
 

@@ -163,7 +163,14 @@ def test_convert_leaves_out_boxes_outside_their_image(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["a.json", "b.json"], "source_format and target_format are both coco: give --from or"),
+        (
+            ["a.json", "b.json"],
+            r"source_format \(--from\) and target_format \(--to\) are both coco: give one",
+        ),
+        (
+            ["VOC2012", "b.json"],
+            "VOC2012 is no JSON file; say which labels it holds, such as --from",
+        ),
         (["a", "b.json", "--from", "yolo"], "tells no image sizes: give images"),
         (["a", "b.json", "--from", "coco-results"], "coco-results names no images and classes"),
         (["a", "b", "--from", "voc"], "target_format=coco writes one file, NAME.json"),
