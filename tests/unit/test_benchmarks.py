@@ -197,6 +197,7 @@ def test_find_cases_gives_the_files_that_define_run(run: ModuleType, tmp_path: P
         "doctor",
         "gpu_training",
         "inference",
+        "recovery",
         "report_page",
         "threshold_sweep",
         "train_input",

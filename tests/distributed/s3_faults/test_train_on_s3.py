@@ -15,7 +15,8 @@ from retinaray.config.schema import TrainJob
 from retinaray.distributed.run_store import RunStore
 from retinaray.distributed.stop_signals import StopSignal
 from retinaray.distributed.train_events import TrainEvents
-from retinaray.distributed.train_run import RunSetup, fit_workers
+from retinaray.distributed.train_run import RunSetup, fit_workers, run_workers
+from retinaray.errors import ClusterError
 from retinaray.training.checkpoint_files import find_checkpoints, read_manifest, read_verified
 
 pytestmark = [pytest.mark.local_ray, pytest.mark.usefixtures("ray_cluster")]
@@ -48,12 +49,32 @@ def pieces_s3(faulty_s3: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     return faulty_s3
 
 
+PLAN = WorkerPlan(num_workers=1, num_cpus=1, num_gpus=0, num_threads=1)
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    ray_cluster: object,
+    make_train_job: Callable[..., TrainJob],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Tensors:
+    """The weights of the training when its checkpoints go to a folder and nothing happens."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    options: dict[str, Any] = {"folder": folder, "run_id": "calm", "handle_event": lambda _: None}
+    result = run_workers(make_train_job(folder / "model.pth"), PLAN, **options)
+    return _read(Path(result.checkpoint.path).joinpath("weights.pth").read_bytes())
+
+
 @pytest.mark.slow
-def test_fit_workers_keeps_checkpoints_on_s3_when_the_server_refuses_for_a_while(
-    make_train_job: Callable[..., TrainJob], s3_bucket: str, pieces_s3: Any, tmp_path: Path
+def test_fit_workers_keeps_checkpoints_on_s3_when_the_server_refuses_for_a_while_and_is_slow(
+    undisturbed: Tensors,
+    make_train_job: Callable[..., TrainJob],
+    s3_bucket: str,
+    pieces_s3: Any,
+    tmp_path: Path,
 ) -> None:
     job = make_train_job(tmp_path / "model.pth")
-    plan = WorkerPlan(num_workers=1, num_cpus=1, num_gpus=0, num_threads=1)
     events: list[Any] = []
     refused: list[str] = []
 
@@ -62,7 +83,7 @@ def test_fit_workers_keeps_checkpoints_on_s3_when_the_server_refuses_for_a_while
         if is_state and len(refused) < 3:
             refused.append(path)
             return "503"
-        return ""
+        return "slow" if method == "PUT" and "/step_00000004/" in path else ""
 
     pieces_s3.choose = refuse_some
     store = RunStore(f"{s3_bucket}/run", pieces_s3.endpoint_url)
@@ -75,10 +96,11 @@ def test_fit_workers_keeps_checkpoints_on_s3_when_the_server_refuses_for_a_while
             stop=StopSignal(),
             keep_every=2,
         )
-        return fit_workers(job, plan, setup)
+        return fit_workers(job, PLAN, setup)
 
     result = fit()
     assert len(refused) == 3
+    assert pieces_s3.met["slow"] >= 2
     assert [event["step"] for event in events if event["kind"] == "progress"] == [1, 2, 3, 4, 5, 6]
     assert not [event for event in events if event["kind"] == "recovery"]
     names = find_checkpoints(store.checkpoints, store.files)
@@ -106,7 +128,53 @@ def test_fit_workers_keeps_checkpoints_on_s3_when_the_server_refuses_for_a_while
     name = f"{store.checkpoints}/{find_checkpoints(store.checkpoints, store.files)[0]}"
     manifest = read_manifest(name, run_id="on-s3", files=store.files)
     redone = read_verified(name, "weights.pth", manifest=manifest, files=store.files)
-    first, second = (
-        read_weights(content, source="weights.pth")[1].state_dict() for content in (weights, redone)
-    )
-    assert all(torch.equal(first[key], second[key]) for key in first)
+    _check_same(_read(weights), undisturbed)
+    _check_same(_read(redone), undisturbed)
+
+
+@pytest.mark.slow
+def test_fit_workers_names_the_server_that_refuses_for_good_and_goes_on_when_it_is_back(
+    undisturbed: Tensors,
+    make_train_job: Callable[..., TrainJob],
+    s3_bucket: str,
+    pieces_s3: Any,
+    tmp_path: Path,
+) -> None:
+    job = make_train_job(tmp_path / "model.pth", run__max_failures=0)
+    events: list[Any] = []
+
+    def refuse(method: str, path: str, number: int) -> str:
+        return "503" if method == "PUT" and "/step_00000004/training.pth" in path else ""
+
+    pieces_s3.choose = refuse
+    store = RunStore(f"{s3_bucket}/refused", pieces_s3.endpoint_url)
+
+    def fit() -> Any:
+        setup = RunSetup(
+            run_id="refused",
+            store=store,
+            events=TrainEvents(tmp_path, events.append),
+            stop=StopSignal(),
+        )
+        return fit_workers(job, PLAN, setup)
+
+    with pytest.raises(ClusterError, match=r"cannot write s3://.*/step_00000004/.*SlowDown") as e:
+        fit()
+    assert "\n" not in str(e.value)
+    assert find_checkpoints(store.checkpoints, store.files) == ["step_00000002"]
+
+    pieces_s3.heal()
+    assert fit().metrics["step"] == 6
+    folder = f"{store.checkpoints}/step_00000006"
+    manifest = read_manifest(folder, run_id="refused", files=store.files)
+    weights = read_verified(folder, "weights.pth", manifest=manifest, files=store.files)
+    _check_same(_read(weights), undisturbed)
+
+
+def _read(content: bytes) -> Tensors:
+    return dict(read_weights(content, source="weights.pth")[1].state_dict())
+
+
+def _check_same(found: Tensors, wanted: Tensors) -> None:
+    assert found.keys() == wanted.keys()
+    assert not [name for name in wanted if not torch.equal(found[name], wanted[name])]

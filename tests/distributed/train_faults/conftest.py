@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -179,10 +180,12 @@ def has_reader_of() -> Callable[[Path], bool]:
 
 
 def _list_open(pid: str) -> set[str]:
-    try:
-        return {str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()}
-    except (FileNotFoundError, ProcessLookupError, PermissionError):  # it ended meanwhile
-        return set()
+    found = set()
+    with suppress(FileNotFoundError, ProcessLookupError, PermissionError):  # it ended meanwhile
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # one file was closed meanwhile
+                found.add(str(link.readlink()))
+    return found
 
 
 @pytest.fixture
