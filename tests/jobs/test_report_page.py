@@ -135,6 +135,42 @@ def test_page_can_be_used_with_the_keyboard_alone(open_page: Callable[..., Any])
     page.wait_for_function(f"{focused} === {below + 1}")
 
 
+def test_page_zooms_into_an_image(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    page.locator(".card").nth(1).click()
+    frame, image = page.locator("#viewer .frame"), page.locator("#viewer img")
+    whole, inside = image.bounding_box(), frame.bounding_box()
+    # A click enlarges four times, and what was under it stays there.
+    x, y = whole["x"] + 0.25 * whole["width"], whole["y"] + 0.75 * whole["height"]
+    page.mouse.click(x, y)
+    large = image.bounding_box()
+    assert large["width"] == pytest.approx(4 * whole["width"], abs=2)
+    assert large["x"] + 0.25 * large["width"] == pytest.approx(x, abs=2)
+    assert large["y"] + 0.75 * large["height"] == pytest.approx(y, abs=2)
+    # Boxes lie on the image, and lines and letters stay as they are.
+    assert page.locator("#viewer svg").bounding_box() == large
+    letters = page.locator("#viewer svg text").first
+    assert letters.bounding_box()["height"] < 30
+    assert frame.bounding_box() == inside
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function(
+        f"document.querySelector('#viewer img').getBoundingClientRect().x < {large['x'] - 50}"
+    )
+    assert page.locator("#viewer-title").inner_text().startswith("2 of 60: ")
+    page.keyboard.press("0")
+    assert image.bounding_box() == whole
+    page.keyboard.press("+")
+    assert page.locator("#zoom").inner_text() == "150 %"
+    page.locator("#zoom-out").click()
+    assert page.locator("#zoom").inner_text() == "100 %"
+    page.mouse.move(x, y)
+    page.mouse.wheel(0, -100)
+    page.locator("#zoom", has_text="150 %").wait_for()
+    page.locator("#next").click()
+    assert page.locator("#zoom").inner_text() == "100 %"
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1280
+
+
 def test_page_keeps_the_theme_that_a_reader_chose(open_page: Callable[..., Any]) -> None:
     page = open_page(color_scheme="light")
     button = page.locator("#theme")

@@ -75,6 +75,41 @@ def make_training(folder: Path, image_set: Any) -> Path:
     return run
 
 
+def make_sweep(folder: Path, image_set: Any, weights: bytes) -> Path:
+    """A sweep's folder, as `tune` leaves it: its best trial found the first box."""
+    checkpoint = folder / "trials" / "best" / "ray_train" / "step_2"
+    checkpoint.mkdir(parents=True)
+    first, image = image_set.coco["annotations"][0], image_set.coco["images"][0]
+    left, top, width, height = first["bbox"]
+    found = Detections(
+        torch.tensor([[left, top, left + width, top + height]], dtype=torch.float32),
+        torch.tensor([0.9]),
+        torch.tensor([0]),
+    )
+    placement = Placement(image["height"], image["width"], image["height"], image["width"])
+    candidates = join_detections([(image["id"], placement, found)], floor=0.01)
+    (checkpoint / "candidates.npz").write_bytes(candidates.dump())
+    (folder / "best.pth").write_bytes(weights)
+    rows = [
+        {"trial": "worse", "status": "done", "score": 0.1, "checkpoint": "elsewhere"},
+        # As it was before the folder was moved.
+        {"trial": "best", "status": "done", "score": 0.2, "checkpoint": "gone/step_2"},
+        {"trial": "failed", "status": "failed", "score": None, "checkpoint": None},
+    ]
+    write_trials([row | {"error": ""} for row in rows], folder)
+    data = {name: str(image_set.annotations) for name in ("annotations", "val_annotations")}
+    job = load_from_dict(
+        TuneJob,
+        {
+            "output": str(folder),
+            "data": {"images": str(image_set.folder), **data},
+            "space": {"optim.peak_lr": [0.1, 0.2]},
+        },
+    )
+    (folder / "sweep.json").write_text(json.dumps({"settings": to_dict(job)}))
+    return folder
+
+
 def test_run_report_shows_images_with_boxes_when_there_are_detections(
     write_report: RunReport, detections: Path, image_set: Any
 ) -> None:
@@ -228,37 +263,9 @@ def test_run_report_analyses_an_inference_with_its_own_images(
 def test_run_report_replays_the_best_trial_of_a_sweep(
     write_report: RunReport, tmp_path: Path, image_set: Any, tiny_weights: bytes
 ) -> None:
-    folder = tmp_path / "sweep"
-    checkpoint = folder / "trials" / "best" / "ray_train" / "step_2"
-    checkpoint.mkdir(parents=True)
-    first, image = image_set.coco["annotations"][0], image_set.coco["images"][0]
+    folder = make_sweep(tmp_path / "sweep", image_set, tiny_weights)
+    first = image_set.coco["annotations"][0]
     left, top, width, height = first["bbox"]
-    found = Detections(
-        torch.tensor([[left, top, left + width, top + height]], dtype=torch.float32),
-        torch.tensor([0.9]),
-        torch.tensor([0]),
-    )
-    placement = Placement(image["height"], image["width"], image["height"], image["width"])
-    candidates = join_detections([(image["id"], placement, found)], floor=0.01)
-    (checkpoint / "candidates.npz").write_bytes(candidates.dump())
-    (folder / "best.pth").write_bytes(tiny_weights)
-    rows = [
-        {"trial": "worse", "status": "done", "score": 0.1, "checkpoint": "elsewhere"},
-        # As it was before the folder was moved.
-        {"trial": "best", "status": "done", "score": 0.2, "checkpoint": "gone/step_2"},
-        {"trial": "failed", "status": "failed", "score": None, "checkpoint": None},
-    ]
-    write_trials([row | {"error": ""} for row in rows], folder)
-    data = {name: str(image_set.annotations) for name in ("annotations", "val_annotations")}
-    job = load_from_dict(
-        TuneJob,
-        {
-            "output": str(folder),
-            "data": {"images": str(image_set.folder), **data},
-            "space": {"optim.peak_lr": [0.1, 0.2]},
-        },
-    )
-    (folder / "sweep.json").write_text(json.dumps({"settings": to_dict(job)}))
     outcome, page = write_report(folder)
     assert outcome.runs == {"sweep": "sweep"}
     assert (outcome.num_pictures, outcome.left_out) == (6, ())
@@ -290,6 +297,48 @@ def test_run_report_tells_of_files_of_evaluate_and_parity(
     path = tmp_path / "numbers.json"
     path.write_text(json.dumps(content))
     assert write_report(path)[0].runs == {"numbers.json": kind}
+
+
+@pytest.mark.parametrize("kind", ["training", "compared", "sweep", "parity"])
+def test_pages_of_all_runs_open_without_a_complaint(
+    write_report: RunReport,
+    watch_page: Callable[..., Any],
+    detections: Path,
+    image_set: Any,
+    tiny_weights: bytes,
+    tmp_path: Path,
+    kind: str,
+) -> None:
+    truth = ["--annotations", image_set.annotations, "--images", image_set.folder]
+    if kind == "training":
+        write_report(make_training(tmp_path / "a", image_set))
+    elif kind == "compared":
+        runs = [make_training(tmp_path / name, image_set) for name in ("a", "b")]
+        write_report(*runs, detections, *truth)
+    elif kind == "sweep":
+        write_report(make_sweep(tmp_path / "sweep", image_set, tiny_weights))
+    else:
+        path = tmp_path / "numbers.json"
+        path.write_text(
+            json.dumps(
+                {
+                    **{"rows": [], "references": [], "tolerance": {}, "model": "m.pth"},
+                    **{"num_images": 3, "machine": "a CPU"},
+                }
+            )
+        )
+        write_report(path)
+    for width, color_scheme in ((360, "dark"), (1280, "light")):
+        page = watch_page(
+            (tmp_path / "page.html").as_uri(),
+            ("file:", "data:"),
+            viewport={"width": width, "height": 800},
+            color_scheme=color_scheme,
+        )
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.locator("section").count() >= (1 if kind == "parity" else 3)
+        links = page.locator("nav a").evaluate_all("all => all.map((a) => a.getAttribute('href'))")
+        assert all(page.locator(link).count() == 1 for link in links)
 
 
 def test_run_report_refuses_what_is_no_run(write_report: RunReport, tmp_path: Path) -> None:

@@ -54,8 +54,11 @@ for (const button of document.querySelectorAll(".copy")) {
   const grid = byId("grid");
   const slider = byId("threshold");
   const dialog = byId("viewer");
+  const frame = dialog.querySelector(".frame");
+  const ZOOM_STEP = 1.5;
+  const MAX_ZOOM = 16;
   // `threshold` is null while each class has the run's own.
-  const state = { run: 0, group: "all", threshold: null, shown: [], current: 0, viewed: -1 };
+  const state = { run: 0, group: "all", threshold: null, shown: [], current: 0, viewed: -1, zoom: 1 };
 
   const limitOf = (label) =>
     state.threshold === null ? runs[state.run].thresholds[label] : state.threshold;
@@ -124,15 +127,15 @@ for (const button of document.querySelectorAll(".copy")) {
 
   function makeFrame(index) {
     const { width, height } = pictures[index];
-    const frame = makeElement("span", "frame");
+    const made = makeElement("span", "frame");
     const image = document.createElement("img");
     image.alt = "";
     image.decoding = "async";
     const svg = document.createElementNS(SVG, "svg");
     svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     svg.setAttribute("aria-hidden", "true");
-    frame.append(image, svg);
-    return frame;
+    made.append(image, svg);
+    return made;
   }
 
   function makeCard(index, place) {
@@ -264,10 +267,30 @@ for (const button of document.querySelectorAll(".copy")) {
         .filter(Boolean).join(" · ");
   }
 
+  // The point of the frame at `at`, in px from its corner, keeps its place; by default the middle.
+  function setZoom(zoom, at) {
+    const { x, y } = at ?? { x: frame.clientWidth / 2, y: frame.clientHeight / 2 };
+    const wanted = Math.min(Math.max(zoom, 1), MAX_ZOOM);
+    const ratio = wanted / state.zoom;
+    const left = (frame.scrollLeft + x) * ratio - x;
+    const top = (frame.scrollTop + y) * ratio - y;
+    state.zoom = wanted;
+    frame.style.setProperty("--zoom", wanted);
+    frame.classList.toggle("zoomed", wanted > 1);
+    frame.scrollTo({ left, top, behavior: "instant" });
+    byId("zoom").textContent = `${Math.round(100 * wanted)} %`;
+    drawViewer();
+  }
+
+  function placeIn(event) {
+    const corner = frame.getBoundingClientRect();
+    return { x: event.clientX - corner.left, y: event.clientY - corner.top };
+  }
+
   function openViewer(place) {
     state.viewed = place;
     if (!dialog.open) dialog.showModal();
-    drawViewer();
+    setZoom(1);
   }
 
   function turn(step) {
@@ -276,11 +299,26 @@ for (const button of document.querySelectorAll(".copy")) {
   }
 
   dialog.addEventListener("keydown", (event) => {
-    if (event.key === "ArrowRight") turn(1);
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    // Enlarged, the arrows move the image.
+    if (event.key.startsWith("Arrow") && state.zoom > 1) {
+      const step = { ArrowRight: [60, 0], ArrowLeft: [-60, 0], ArrowDown: [0, 60], ArrowUp: [0, -60] };
+      frame.scrollBy(...step[event.key]);
+    } else if (event.key === "ArrowRight") turn(1);
     else if (event.key === "ArrowLeft") turn(-1);
+    else if (event.key === "+" || event.key === "=") setZoom(state.zoom * ZOOM_STEP);
+    else if (event.key === "-") setZoom(state.zoom / ZOOM_STEP);
+    else if (event.key === "0") setZoom(1);
     else return;
     event.preventDefault();
   });
+  frame.addEventListener("click", (event) => setZoom(state.zoom > 1 ? 1 : 4, placeIn(event)));
+  frame.addEventListener("wheel", (event) => {
+    event.preventDefault();
+    setZoom(state.zoom * (event.deltaY < 0 ? ZOOM_STEP : 1 / ZOOM_STEP), placeIn(event));
+  }, { passive: false });
+  byId("zoom-in").addEventListener("click", () => setZoom(state.zoom * ZOOM_STEP));
+  byId("zoom-out").addEventListener("click", () => setZoom(state.zoom / ZOOM_STEP));
   dialog.addEventListener("close", () => moveTo(state.viewed));
   dialog.addEventListener("click", (event) => {
     if (event.target === dialog) dialog.close();

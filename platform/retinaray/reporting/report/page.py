@@ -204,9 +204,13 @@ def _render_viewer() -> str:
     return (
         '<dialog id="viewer" aria-labelledby="viewer-title"><div class="viewer"><header>'
         '<h2 id="viewer-title"></h2>'
+        '<button type="button" id="zoom-out" aria-label="Zoom out" title="Zoom out (-)">−</button>'
+        '<output id="zoom" aria-label="Zoom">100 %</output>'
+        '<button type="button" id="zoom-in" aria-label="Zoom in" title="Zoom in (+)">+</button>'
         '<button type="button" id="previous" aria-label="Previous image">←</button>'
         '<button type="button" id="next" aria-label="Next image">→</button>'
         '<button type="button" id="close" autofocus>Close</button></header>'
-        '<span class="frame"><img alt=""><svg aria-hidden="true"></svg></span>'
+        '<span class="frame" tabindex="0" role="region" aria-label="Image; arrow keys move it when '
+        'it is enlarged"><img alt=""><svg aria-hidden="true"></svg></span>'
         '<p id="viewer-note" role="status"></p></div></dialog>'
     )
