@@ -36,6 +36,10 @@ _PROGRAMS = frozenset(
         *("unzip", "base64", "bash", "watch", "while", "retinaray", ".venv/bin/retinaray"),
     }
 )
+# They bring about what later commands need.
+_RUN_BY_SHELL = frozenset(
+    {"cat", "cp", "head", "ls", "mkdir", "mv", "python", "rm", "tail", "unzip"}
+)
 _SHELL_NAMES = frozenset({"bash", "shell", "console", "zsh"})
 _DIRECTIVE = re.compile(r"<!--\s*([a-z]+)(?:\s+([a-z-]+))?:\s*(.*?)\s*-->")
 _FENCE = re.compile(r"(\s*)(`{3,})([\w+-]*).*")
@@ -70,6 +74,11 @@ class Command:
     def argv(self) -> tuple[str, ...] | None:
         """Arguments of `retinaray`; none for another program."""
         return find_arguments(self.words)
+
+    @property
+    def is_for_shell(self) -> bool:
+        """Whether it is run as another program is."""
+        return self.argv is None and self.words[0] in _RUN_BY_SHELL
 
 
 @dataclass

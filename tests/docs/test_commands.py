@@ -101,6 +101,17 @@ def test_commands_that_are_expected_to_fail_are_commands(page: Any) -> None:
     assert wrong == []
 
 
+def test_commands_are_run_or_say_what_they_need(page: Any) -> None:
+    # What `make` does is this test run, and the tests of its targets.
+    unmarked = [
+        f"{command.place}: {command.words[0]}"
+        for command in page.commands
+        if not command.needs and command.argv is None and not command.is_for_shell
+        if command.words[0] != "make"
+    ]
+    assert unmarked == [], "a line `<!-- needs: cloud -->` before the block says why it is not run"
+
+
 def test_targets_of_make_are_in_the_makefile(page: Any, repository: Path) -> None:
     makefile = (repository / "Makefile").read_text("utf-8")
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))

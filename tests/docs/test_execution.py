@@ -24,8 +24,6 @@ pytestmark = pytest.mark.local_ray
 SHORT_PAGE = "docs/explanation/anchors.md"
 # The bucket that the pages' examples name.
 BUCKET = "bucket"
-# They bring about what later commands need.
-RUN_BY_SHELL = ("cat", "cp", "head", "ls", "mkdir", "mv", "python", "rm", "tail", "unzip")
 
 
 @pytest.fixture(scope="session")
@@ -174,7 +172,7 @@ def follow(
                 continue
             more = prepare(command, page)
             if command.argv is None:
-                if command.words[0] in RUN_BY_SHELL:
+                if command.is_for_shell:
                     run_in_shell(command.words, page_folder)
                 continue
             capsys.readouterr()
