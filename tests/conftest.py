@@ -19,6 +19,17 @@ from retinaray.demo.embedded_s3 import EmbeddedS3
 from retinaray.terminal import LOG_HANDLER
 
 BUCKET = "retinaray-tests"
+# Beginnings of our keys of a ResNet18FPN, and ODTK's.
+_ODTK_PREFIXES = {
+    "backbone.body.": "backbones.ResNet18FPN.features.",
+    **{f"fpn.lateral.{i}.": f"backbones.ResNet18FPN.lateral{i + 3}." for i in range(3)},
+    **{f"fpn.smooth.{i}.": f"backbones.ResNet18FPN.smooth{i + 3}." for i in range(3)},
+    **{f"fpn.p{i}.": f"backbones.ResNet18FPN.pyramid{i}." for i in (6, 7)},
+    "class_head.tower.": "cls_head.",
+    "class_head.output.": "cls_head.8.",
+    "box_head.tower.": "box_head.",
+    "box_head.output.": "box_head.8.",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +84,25 @@ def s3_bucket(s3_server: EmbeddedS3, monkeypatch: pytest.MonkeyPatch) -> str:
         monkeypatch.setenv(name, value)
     # A bucket per test would make the server allocate new volumes each time.
     return f"s3://{BUCKET}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture(scope="session")
+def write_odtk_checkpoint() -> Callable[[Any, Path], None]:
+    """Write a network of ResNet18FPN as ODTK before March 2020 did: write(network, path)."""
+
+    def write(network: Any, path: Path) -> None:
+        # Only where it is needed: it takes a second.
+        import torch
+
+        state = {}
+        for key, value in network.state_dict().items():
+            if not key.endswith("num_batches_tracked"):
+                prefix = next(prefix for prefix in _ODTK_PREFIXES if key.startswith(prefix))
+                state[_ODTK_PREFIXES[prefix] + key.removeprefix(prefix)] = value
+        values = {"backbone": ["ResNet18FPN"], "classes": network.num_classes}
+        torch.save({**values, "state_dict": state, "iteration": 500}, path)
+
+    return write
 
 
 @pytest.fixture(scope="session")

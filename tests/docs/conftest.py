@@ -9,8 +9,9 @@ A comment directly before a fenced block directs how its commands are tested:
     <!-- expect: exit 2 -->   how every command of the block ends
     <!-- setup: NAME -->      what is there before: `model.pth` or `model.onnx`, a network that
                               finds something; `demo_run`, what `make demo` leaves of data and of a
-                              training; `s3`, a server whose bucket `bucket` holds images/;
-                              or a file name, for the last block of YAML or Python above
+                              training; `retinanet_rn18fpn.pth`, a checkpoint of ODTK's; `s3`, a
+                              server whose bucket `bucket` holds images/; or a file name, for the
+                              last block of YAML or Python above
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NEEDS = frozenset({"gpu", "cloud", "jetson", "network", "cluster", "data"})
-PREPARED = frozenset({"model.pth", "model.onnx", "demo_run", "s3"})
+PREPARED = frozenset({"model.pth", "model.onnx", "demo_run", "retinanet_rn18fpn.pth", "s3"})
 _PROGRAMS = frozenset(
     {
         *("aws", "cat", "cd", "cp", "do", "docker", "done", "export", "for", "git", "head"),

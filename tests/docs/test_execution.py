@@ -134,11 +134,27 @@ def _make_setup(name: str, page: Any, folder: Path, request: pytest.FixtureReque
         small = ("--backbone", "ResNet10FPN", "--fpn-channels", "16", "--head-depth", "0")
         more = ("--val-annotations", "data/val.json", "--size", "64", "96", "--epochs", "2")
         _run_quietly(["train", "demo_run/model.pth", *data, *small, *more, "--batch", "4"])
+    elif name == "retinanet_rn18fpn.pth":
+        _write_odtk(request.getfixturevalue("write_odtk_checkpoint"), folder / name)
     else:
         # Asked for when it is needed: it takes torch.
         shutil.copy(request.getfixturevalue("tiny_model"), folder / "model.pth")
         if name == "model.onnx":
             _run_quietly(["export", "model.pth", "model.onnx"])
+
+
+def _write_odtk(write: Callable[[Any, Path], None], path: Path) -> None:
+    import torch
+
+    from retinaray.detector.retinanet import RetinaNet
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = RetinaNet(backbone="ResNet18FPN", num_classes=10, norm="bn").eval()
+    # Scores about 0.1 that differ, as above.
+    torch.nn.init.constant_(network.class_head.output.bias, -2.2)
+    network.class_head.output.weight.data.mul_(20)
+    write(network, path)
 
 
 def _run_quietly(argv: list[str]) -> None:

@@ -24,19 +24,6 @@ from retinaray.inference.torch_backend import load_torch_predictor
 
 JobFactory = Callable[..., ImportOdtkJob]
 
-# Beginnings of our keys, and ODTK's.
-OWN = "backbones.ResNet18FPN."
-PREFIXES = {
-    "backbone.body.": f"{OWN}features.",
-    **{f"fpn.lateral.{i}.": f"{OWN}lateral{i + 3}." for i in range(3)},
-    **{f"fpn.smooth.{i}.": f"{OWN}smooth{i + 3}." for i in range(3)},
-    **{f"fpn.p{i}.": f"{OWN}pyramid{i}." for i in (6, 7)},
-    "class_head.tower.": "cls_head.",
-    "class_head.output.": "cls_head.8.",
-    "box_head.tower.": "box_head.",
-    "box_head.output.": "box_head.8.",
-}
-
 
 @pytest.fixture(scope="module")
 def network() -> RetinaNet:
@@ -49,16 +36,14 @@ def network() -> RetinaNet:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, network: RetinaNet) -> Path:
+def checkpoint(
+    tmp_path_factory: pytest.TempPathFactory,
+    network: RetinaNet,
+    write_odtk_checkpoint: Callable[[RetinaNet, Path], None],
+) -> Path:
     """`network` as ODTK before March 2020 writes it."""
-    state = {}
-    for key, value in network.state_dict().items():
-        if not key.endswith("num_batches_tracked"):
-            prefix = next(prefix for prefix in PREFIXES if key.startswith(prefix))
-            state[PREFIXES[prefix] + key.removeprefix(prefix)] = value
     path = tmp_path_factory.mktemp("odtk") / "old.pth"
-    values = {"backbone": ["ResNet18FPN"], "classes": 2, "state_dict": state, "iteration": 500}
-    torch.save(values, path)
+    write_odtk_checkpoint(network, path)
     return path
 
 
