@@ -208,7 +208,7 @@ def _print_help(words: Sequence[str], *, is_json: bool) -> int:
     """What there is, or the help of a command."""
     if words and words[0] in VERBS:
         return run_verb(words[0], ["--help", *([_JSON] if is_json else [])])
-    if words and not words[0].startswith("-"):
+    if words and not words[0].startswith("-") and words[0] not in (COMPLETION, *_HELP):
         return _refuse(ConfigError(_describe_no_verb(words[0], [])), is_json=is_json)
     write_to(sys.stdout, _list_commands() if is_json else _format_overview())
     return 0

@@ -95,7 +95,7 @@ def hint_at_folder(path: Path) -> str:
         return "the folder is empty"
     endings = Counter(Path(name).suffix.lower() for name in names)
     lowered = {name.lower() for name in names}
-    if any(map(_is_voc, (path, *(path / name for name in names[:_MOST_FOLDERS])))):
+    if _is_voc(path):
         return _propose_conversion(path, "voc", "looks like Pascal VOC")
     if {"data.yaml", "dataset.yaml", "labels"} & lowered:
         images = shlex.quote(str(path / "images"))
@@ -106,10 +106,12 @@ def hint_at_folder(path: Path) -> str:
         return _propose_conversion(path, "labelme", "looks like LabelMe, a JSON beside each image")
     if found:
         return f"it holds {_show_names(path, found)}"
+    for inner in filter(_is_voc, (path / name for name in names[:_MOST_FOLDERS])):
+        return _propose_conversion(inner, "voc", f"holds {inner.name}, which looks like Pascal VOC")
     if endings[".xml"]:
         return _propose_conversion(path, "voc", "holds XML; if that is Pascal VOC")
     if is_beside_images:
-        return "it holds images, which belong to --images where a command has that"
+        return "it holds images; labels or a model were expected here (images go to --images)"
     if endings[".txt"]:
         return _propose_conversion(
             path, "yolo", "holds .txt files; if these are YOLO labels", more=" --images FOLDER"

@@ -182,8 +182,8 @@ def kill_bare_ray(place: Path, kill: str) -> float:
     command = [sys.executable, "-c", _BARE_RAY, str(lines), str(place / "ray")]
     with start(command, place / "log") as driver:
         wait_until(lambda: last_step(lines) >= 13, driver, place / "log")
-        kill_processes(driver, kill)
         begin = time.monotonic()
+        kill_processes(driver, kill)
         # The other worker hears of it within a step; the checkpoint is that of step 10.
         wait_until(lambda: 11 in read_steps(lines)[12:], driver, place / "log")
         seconds = time.monotonic() - begin
@@ -270,7 +270,7 @@ def describe(
     bare: dict[str, list[float]],
 ) -> list[Record]:
     """A record for each way to be killed, and for Ray alone."""
-    checked = "every step was taken; the scores are compared in the record"
+    checked = "every step was taken; scores stand beside those of the undisturbed training"
     config = {**asdict(setting), "kill_step": setting.kill_step, "workers": NUM_WORKERS}
     records = []
     for kill, recoveries in ours.items():

@@ -163,7 +163,10 @@ def test_page_zooms_into_an_image(open_page: Callable[..., Any]) -> None:
     assert page.locator("#zoom").inner_text() == "150 %"
     page.locator("#zoom-out").click()
     assert page.locator("#zoom").inner_text() == "100 %"
+    assert page.locator("#zoom-out").get_attribute("aria-disabled") == "true"
     page.mouse.move(x, y)
+    page.mouse.wheel(40, 0)
+    assert page.locator("#zoom").inner_text() == "100 %"
     page.mouse.wheel(0, -100)
     page.locator("#zoom", has_text="150 %").wait_for()
     page.locator("#next").click()

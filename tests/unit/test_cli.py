@@ -309,6 +309,12 @@ def test_main_shows_all_commands_when_none_came(capsys: pytest.CaptureFixture[st
     assert "retinaray demo " in printed.err
 
 
+@pytest.mark.parametrize("word", ["completion", "help"])
+def test_main_helps_with_what_is_no_verb(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["help", word]) == 0
+    assert "retinaray demo " in capsys.readouterr().out
+
+
 def test_main_takes_json_before_the_verb_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--json", "doctor", "--annotations", "absent.json"]) == 2
     printed = capsys.readouterr()

@@ -23,6 +23,7 @@ from retinaray.reporting.report.contents import ReportedRun
 from retinaray.storage import Storage, is_s3, join_uri, local_path
 
 _MOST_SHOWN = 3
+_RECORDS = ("run.json", "sweep.json", "metrics.jsonl")
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +69,9 @@ def open_run(uri: str, job: ReportJob, storage: Storage) -> OpenedRun:
 
 def _hint_at_runs(path: Path) -> str:
     """Runs that lie in a folder which is none; or what the path may have meant."""
-    inner = sorted(str(record.parent) for record in path.glob("*/run.json"))
-    return f"it holds {', '.join(inner[:_MOST_SHOWN])}" if inner else hint_at_missing(path)
+    inner = sorted({str(r.parent) for name in _RECORDS for r in path.glob(f"*/{name}")})
+    more = f" and {len(inner) - _MOST_SHOWN} more" if len(inner) > _MOST_SHOWN else ""
+    return f"it holds {', '.join(inner[:_MOST_SHOWN])}{more}" if inner else hint_at_missing(path)
 
 
 def _open_inference(

@@ -112,8 +112,8 @@ def find_schedule_oddities(job: TrainJob, num_images: int) -> list[str]:
     if late:
         found.append(
             f"optim.milestones (--milestones): {', '.join(map(str, late))} of {steps} steps are "
-            "never reached, and the learning rate does not fall there; give --iters, or --schedule "
-            "to stretch both"
+            "never reached, and the learning rate does not fall there; give more --iters, or "
+            "earlier --milestones"
         )
     usual, peak = _LEARNING_RATES[optim.optimizer], optim.peak_lr or 0.0
     if optim.optimizer == "adamw" and peak >= _MANY_TIMES * usual:

@@ -146,9 +146,11 @@ class _Scanner:
             self._fault(f"{option.key} ({name}): no value came; expected {option.shape.expected}")
             return
         self._change(option, value, name)
-        # `--backbone A B` of ODTK: the second name is no positional argument.
-        more = [] if is_list or inline is not None else self._take_choices(option)
-        if more:
+        # `--backbone A B` of ODTK: the second name is no positional argument. Elsewhere it may be,
+        # such as a folder that is called as the format that is written to it.
+        if option.key != "model.backbone" or inline is not None:
+            return
+        if more := self._take_choices(option):
             came = " ".join([str(value), *more])
             self._fault(f"{name}: takes one value, and {1 + len(more)} came ({came}); give one")
 

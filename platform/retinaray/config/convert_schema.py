@@ -72,7 +72,7 @@ class ConvertJob(Job):
                     source != target or self.reference is not None or self.difficult != "keep",
                     f"source_format (--from) and target_format (--to) are both {source}: "
                     + (
-                        "give one of them"
+                        "give --from or --to"
                         if source != "coco" or self.source.endswith(".json")
                         else f"{self.source} is no JSON file; say which labels it holds, such as "
                         "--from voc"

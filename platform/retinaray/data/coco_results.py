@@ -7,6 +7,7 @@ number by number. D detections of one image.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -75,7 +76,10 @@ def _find_fault(entry: Any) -> str:
 
 
 def _is_finite(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    # Larger integers than a float can hold are no coordinates, and `isfinite` cannot take them.
+    if type(value) is int:
+        return abs(value) <= sys.float_info.max
+    return type(value) is float and math.isfinite(value)
 
 
 def _show(value: Any) -> str:

@@ -34,7 +34,7 @@ class MendableFailurePolicy(DefaultFailurePolicy):
 
 
 def find_users_fault(error: BaseException) -> RetinarayError | None:
-    """The fault of settings or data that a worker met, in its own words; none = something else."""
+    """The fault of settings or data, or the divergence, in a worker's words; none = other."""
     if not isinstance(error, WorkerGroupError):
         return None
     for failure in error.worker_failures.values():
@@ -45,7 +45,7 @@ def find_users_fault(error: BaseException) -> RetinarayError | None:
 
 
 def is_users_fault(failure: BaseException) -> bool:
-    """Whether what a worker raised is a fault of settings or data."""
+    """Whether what a worker raised is a fault of settings or data, or a divergence."""
     return isinstance(_unwrap(failure), _USERS_FAULTS)
 
 

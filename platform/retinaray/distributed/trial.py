@@ -16,6 +16,7 @@ from retinaray.config.loading import load_from_dict, to_dict
 from retinaray.config.schema import TrainJob
 from retinaray.config.search_space import decode_point, make_changes
 from retinaray.distributed.train_run import run_workers
+from retinaray.errors import DivergenceError
 from retinaray.log_format import WorkerLog, start_worker_log
 from retinaray.reporting.training_log import TrainingLog
 
@@ -57,6 +58,10 @@ def run_trial(point: dict[str, Any], task: TrialTask) -> None:
     Args:
         point: Values by key of the space.
         task: What the trials share.
+
+    Raises:
+        DivergenceError: If the training has no finite gradients any more, or had none when it was
+            tried before.
     """
     trial_id = tune.get_context().get_trial_id()
     run_id = f"{Path(task.folder).name}-{trial_id}"
@@ -66,17 +71,25 @@ def run_trial(point: dict[str, Any], task: TrialTask) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     record = {"point": decode_point(point), "job": to_dict(job)}
     (folder / "trial.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    # Tune counts how often a trial failed, whatever the reason; the same batches would come again.
+    divergence = folder / "divergence.txt"
+    if divergence.exists():
+        raise DivergenceError(divergence.read_text(encoding="utf-8"))
     with TrainingLog(folder) as log:
-        result = run_workers(
-            job,
-            task.workers,
-            folder=folder,
-            run_id=run_id,
-            handle_event=log.write,
-            callbacks=[TuneReportCallback()],  # type: ignore[no-untyped-call]
-            is_trial=True,
-            janitor=task.janitor,
-        )
+        try:
+            result = run_workers(
+                job,
+                task.workers,
+                folder=folder,
+                run_id=run_id,
+                handle_event=log.write,
+                callbacks=[TuneReportCallback()],  # type: ignore[no-untyped-call]
+                is_trial=True,
+                janitor=task.janitor,
+            )
+        except DivergenceError as error:
+            divergence.write_text(str(error), encoding="utf-8")
+            raise
     # A sweep that was killed between the training's end and Tune's note of it restores a training
     # that has nothing left to report.
     metrics, checkpoint = result.metrics or {}, result.checkpoint

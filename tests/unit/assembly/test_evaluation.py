@@ -187,6 +187,10 @@ def test_run_evaluation_refuses_a_model_of_other_classes(
             [{"image_id": 1, "category_id": 7, "bbox": [0, 0, 1, 1], "score": "1"}],
             "detection 1: score: expected a finite number, found '1'",
         ),
+        (
+            [{"image_id": 1, "category_id": 7, "bbox": [0, 0, 1, 10**400], "score": 1}],
+            "detection 1: bbox: expected four finite numbers",
+        ),
         (["text"], "detection 1: expected an object, found 'text'"),
     ],
 )

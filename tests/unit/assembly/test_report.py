@@ -348,6 +348,11 @@ def test_run_report_refuses_what_is_no_run(write_report: RunReport, tmp_path: Pa
     (tmp_path / "above" / "model_run" / "run.json").write_text("{}")
     with pytest.raises(DatasetError, match=r"name the run's folder; it holds .*above/model_run$"):
         write_report(tmp_path / "above")
+    for number in range(4):
+        (tmp_path / "above" / f"sweep{number}").mkdir()
+        (tmp_path / "above" / f"sweep{number}" / "sweep.json").write_text("{}")
+    with pytest.raises(DatasetError, match=r"model_run, .*sweep0, .*sweep1 and 2 more$"):
+        write_report(tmp_path / "above")
     other = tmp_path / "other.json"
     other.write_text('{"a": 1}')
     with pytest.raises(DatasetError, match="found other JSON"):

@@ -160,12 +160,17 @@ def test_convert_leaves_out_boxes_outside_their_image(
     assert out.notes["boxes that lie outside their image are left out"] == 2
 
 
+def test_convert_job_takes_a_folder_that_is_called_as_its_format() -> None:
+    job = load_from_argv(ConvertJob, ["train.json", "--to", "yolo", "yolo", "--images", "photos"])
+    assert (job.source, job.target_format, job.output) == ("train.json", "yolo", "yolo")
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (
             ["a.json", "b.json"],
-            r"source_format \(--from\) and target_format \(--to\) are both coco: give one",
+            r"source_format \(--from\) and target_format \(--to\) are both coco: give --from or",
         ),
         (
             ["VOC2012", "b.json"],

@@ -164,6 +164,13 @@ def expected(shared_data: Path) -> dict[str, torch.Tensor]:
     return values
 
 
+def test_some_share_has_nothing_to_find(shared_data: Path) -> None:
+    """What the comparison below is to cover."""
+    batches = [batch for rank in range(4) for batch in read_share(shared_data / "bccd", rank, 4)]
+    assert any(not batch.is_valid.any() for batch in batches)
+    assert any(batch.is_valid.any() for batch in batches)
+
+
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_run_loop_trains_alike_and_stops_together_when_processes_share_the_batch(
     folder: Path, expected: dict[str, torch.Tensor], world_size: int

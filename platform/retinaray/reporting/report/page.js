@@ -234,10 +234,21 @@ for (const button of document.querySelectorAll(".copy")) {
     const index = state.shown[state.viewed];
     const picture = pictures[index];
     const chosen = select(index);
-    const svg = dialog.querySelector("svg");
-    svg.setAttribute("viewBox", `0 0 ${picture.width} ${picture.height}`);
     dialog.querySelector("img").src = addressOf(index);
     dialog.querySelector("img").alt = `${picture.name}: ${describe(chosen)}`;
+    drawShapes(chosen);
+    const note = viewOf(index).groups[state.group];
+    byId("viewer-title").textContent = `${state.viewed + 1} of ${state.shown.length}: ${picture.name}`;
+    byId("viewer-note").textContent =
+      [describe(chosen), note, runs.length > 1 ? `boxes of ${runs[state.run].name}` : ""]
+        .filter(Boolean).join(" · ");
+  }
+
+  // Boxes with labels that are as large on the screen at any zoom.
+  function drawShapes(chosen) {
+    const picture = pictures[state.shown[state.viewed]];
+    const svg = dialog.querySelector("svg");
+    svg.setAttribute("viewBox", `0 0 ${picture.width} ${picture.height}`);
     drawBoxes(svg, chosen);
     const { classes } = runs[state.run];
     // On a small screen only numbers have room.
@@ -260,26 +271,30 @@ for (const button of document.querySelectorAll(".copy")) {
       const words = [`${classes[box[5]]} ${score}`, WORDS[box[6]]].filter(Boolean).join(", ");
       write(box, isNarrow ? score : words);
     }
-    const note = viewOf(index).groups[state.group];
-    byId("viewer-title").textContent = `${state.viewed + 1} of ${state.shown.length}: ${picture.name}`;
-    byId("viewer-note").textContent =
-      [describe(chosen), note, runs.length > 1 ? `boxes of ${runs[state.run].name}` : ""]
-        .filter(Boolean).join(" · ");
   }
 
   // The point of the frame at `at`, in px from its corner, keeps its place; by default the middle.
   function setZoom(zoom, at) {
     const { x, y } = at ?? { x: frame.clientWidth / 2, y: frame.clientHeight / 2 };
     const wanted = Math.min(Math.max(zoom, 1), MAX_ZOOM);
-    const ratio = wanted / state.zoom;
-    const left = (frame.scrollLeft + x) * ratio - x;
-    const top = (frame.scrollTop + y) * ratio - y;
-    state.zoom = wanted;
-    frame.style.setProperty("--zoom", wanted);
-    frame.classList.toggle("zoomed", wanted > 1);
+    if (wanted === state.zoom) return;
+    const across = (frame.scrollLeft + x) / frame.scrollWidth;
+    const down = (frame.scrollTop + y) / frame.scrollHeight;
+    showZoom(wanted);
+    const left = across * frame.scrollWidth - x;
+    const top = down * frame.scrollHeight - y;
     frame.scrollTo({ left, top, behavior: "instant" });
-    byId("zoom").textContent = `${Math.round(100 * wanted)} %`;
-    drawViewer();
+    drawShapes(select(state.shown[state.viewed]));
+  }
+
+  function showZoom(zoom) {
+    state.zoom = zoom;
+    frame.style.setProperty("--zoom", zoom);
+    frame.classList.toggle("zoomed", zoom > 1);
+    byId("zoom").textContent = `${Math.round(100 * zoom)} %`;
+    // Not `disabled`: that would take the focus out of the dialog.
+    byId("zoom-out").setAttribute("aria-disabled", zoom === 1);
+    byId("zoom-in").setAttribute("aria-disabled", zoom === MAX_ZOOM);
   }
 
   function placeIn(event) {
@@ -290,7 +305,8 @@ for (const button of document.querySelectorAll(".copy")) {
   function openViewer(place) {
     state.viewed = place;
     if (!dialog.open) dialog.showModal();
-    setZoom(1);
+    showZoom(1);
+    drawViewer();
   }
 
   function turn(step) {
@@ -315,7 +331,9 @@ for (const button of document.querySelectorAll(".copy")) {
   frame.addEventListener("click", (event) => setZoom(state.zoom > 1 ? 1 : 4, placeIn(event)));
   frame.addEventListener("wheel", (event) => {
     event.preventDefault();
-    setZoom(state.zoom * (event.deltaY < 0 ? ZOOM_STEP : 1 / ZOOM_STEP), placeIn(event));
+    // Lines and pages in px; a notch of a mouse is about 100 px, a trackpad sends many small steps.
+    const px = event.deltaY * [1, 33, 800][event.deltaMode];
+    setZoom(state.zoom * ZOOM_STEP ** (-px / 100), placeIn(event));
   }, { passive: false });
   byId("zoom-in").addEventListener("click", () => setZoom(state.zoom * ZOOM_STEP));
   byId("zoom-out").addEventListener("click", () => setZoom(state.zoom / ZOOM_STEP));
