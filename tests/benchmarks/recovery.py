@@ -87,7 +87,7 @@ class Setting:
     epochs: int = 10
     batch: int = 4
     side_px: int = 256
-    num_rounds: int = 3
+    num_rounds: int = 1
 
     @property
     def kill_step(self) -> int:

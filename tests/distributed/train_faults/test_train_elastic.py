@@ -121,7 +121,6 @@ def test_a_training_shrinks_when_a_node_is_lost_and_grows_when_one_comes(
         sum(float((wanted[name] - other[name]).square().sum()) for name in wanted) ** 0.5
         for other in (found, start)
     )
-    print(f"apart {apart:.3g}, moved {moved:.3g}")
     assert apart < 0.05 * moved
 
 
