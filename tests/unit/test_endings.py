@@ -33,6 +33,7 @@ EXIT_CODE_OF: dict[type[errors.RetinarayError], int] = {
     errors.MissingFileError: 2,
     errors.UnreadableFileError: 2,
     errors.ClusterError: 1,
+    errors.DivergenceError: 1,
     errors.StorageError: 1,
     errors.ExportError: 1,
     errors.InferenceError: 1,

@@ -130,7 +130,7 @@ def test_read_odtk_checkpoint_refuses_a_truncated_file(
     content = save({**EMPTY, "state_dict": heads(18)}, is_old=is_old)
     text = refuse(content[: int(part * len(content))])
     # The older format may be cut inside a name, which then is an unknown one.
-    assert re.search(r"torch can read \(\d+ bytes\)|names code \(collections.OrderedD\)", text)
+    assert re.search(r"torch can read \(\d+ bytes\)|names code \(collections\.Or\w*\)", text)
 
 
 @pytest.mark.parametrize(
