@@ -66,6 +66,15 @@ def put_runner(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any], obj
 
 
 @pytest.fixture(scope="session")
+def ray_priority() -> dict[str, str]:
+    """Environment of a Ray whose workers run with the priority of what starts it.
+
+    Beside tests that compute, they would otherwise get what those leave.
+    """
+    return {"RAY_worker_niceness": "0"}
+
+
+@pytest.fixture(scope="session")
 def s3_server() -> Iterator[EmbeddedS3]:
     """A real S3 server for the whole session: endpoint_url, access_key, environment()."""
     try:

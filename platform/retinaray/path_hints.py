@@ -105,8 +105,9 @@ def hint_at_folder(path: Path) -> str:
     if is_beside_images and len(found) > _MOST_SHOWN:
         return _propose_conversion(path, "labelme", "looks like LabelMe, a JSON beside each image")
     if found:
-        return f"it holds {_show_names(path, found)}"
-    for inner in filter(_is_voc, (path / name for name in names[:_MOST_FOLDERS])):
+        return f"it holds {show_paths([str(path / name) for name in found])}"
+    inner = next(filter(_is_voc, (path / name for name in names[:_MOST_FOLDERS])), None)
+    if inner is not None:
         return _propose_conversion(inner, "voc", f"holds {inner.name}, which looks like Pascal VOC")
     if endings[".xml"]:
         return _propose_conversion(path, "voc", "holds XML; if that is Pascal VOC")
@@ -116,7 +117,14 @@ def hint_at_folder(path: Path) -> str:
         return _propose_conversion(
             path, "yolo", "holds .txt files; if these are YOLO labels", more=" --images FOLDER"
         )
-    return f"it holds {_show_names(path, names)}"
+    return f"it holds {show_paths([str(path / name) for name in names])}"
+
+
+def show_paths(paths: Sequence[str]) -> str:
+    """The first few of some paths, and how many more there are."""
+    shown = ", ".join(paths[:_MOST_SHOWN])
+    more = len(paths) - _MOST_SHOWN
+    return f"{shown} and {more} more" if more > 0 else shown
 
 
 def _find_nearest(missing: Path, names: Sequence[str]) -> str:
@@ -125,17 +133,19 @@ def _find_nearest(missing: Path, names: Sequence[str]) -> str:
     A file of another kind is none: labels are not offered for a model.
     """
     stems: dict[str, str] = {}
-    others = frozenset[str]().union(
-        *(kind for kind in _KINDS if missing.suffix.lower() not in kind)
-    )
-    is_known = any(missing.suffix.lower() in kind for kind in _KINDS)
+    wanted = _find_kind(missing)
     for name in sorted(names, key=lambda name: Path(name).suffix != missing.suffix):
-        if is_known and Path(name).suffix.lower() in others:
-            continue
-        stems.setdefault(Path(name).stem.lower(), name)
+        kind = _find_kind(Path(name))
+        if not wanted or not kind or kind == wanted:
+            stems.setdefault(Path(name).stem.lower(), name)
     # Endings are left out: all files of a folder are alike in these.
     alike = difflib.get_close_matches(missing.stem.lower(), stems, n=1)
     return stems[alike[0]] if alike else ""
+
+
+def _find_kind(path: Path) -> frozenset[str]:
+    """The endings of files that hold the same as this one; empty when nothing is known of it."""
+    return next((kind for kind in _KINDS if path.suffix.lower() in kind), frozenset())
 
 
 def _is_voc(folder: Path) -> bool:
@@ -162,9 +172,3 @@ def _list_names(folder: Path) -> list[str]:
     except OSError:
         # Only a hint is lost; the error that it belongs to is told anyway.
         return []
-
-
-def _show_names(folder: Path, names: Sequence[str]) -> str:
-    shown = ", ".join(str(folder / name) for name in names[:_MOST_SHOWN])
-    more = len(names) - _MOST_SHOWN
-    return f"{shown} and {more} more" if more > 0 else shown

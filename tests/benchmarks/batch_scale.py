@@ -107,7 +107,7 @@ def measure(folder: Path, model: Path, images: Path, count: int) -> dict[str, An
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         while process.poll() is None:
             driver_kib = max(driver_kib, read_rss_kib(process.pid))
-            workers = list_workers(process.pid)
+            workers = list_descendants(process.pid, b"MapWorker")
             worker_kib = max([worker_kib, *map(read_rss_kib, workers)])
             time.sleep(_SAMPLE_EVERY_S)
         log.seek(0)
@@ -134,8 +134,8 @@ def read_rss_kib(pid: int) -> int:
     return int(lines[0].split()[1]) if lines else 0
 
 
-def list_workers(root: int) -> list[int]:
-    """Processes with an engine among the descendants of one."""
+def list_descendants(root: int, title: bytes) -> list[int]:
+    """Processes below one whose command line has a part, in the order of their numbers."""
     parents: dict[int, int] = {}
     names: dict[int, bytes] = {}
     for entry in Path("/proc").iterdir():
@@ -147,9 +147,8 @@ def list_workers(root: int) -> list[int]:
         except (FileNotFoundError, ProcessLookupError):
             continue
         parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
-    return [
-        pid for pid, name in names.items() if b"MapWorker" in name and descends(pid, root, parents)
-    ]
+    found = [pid for pid, name in names.items() if title in name]
+    return sorted(pid for pid in found if descends(pid, root, parents))
 
 
 def descends(pid: int, root: int, parents: dict[int, int]) -> bool:

@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from batch_scale import descends
+from batch_scale import list_descendants
 from run import Record, skip, summarise
 
 from retinaray.demo.scenes import SceneSet, make_scene_set
@@ -222,27 +222,10 @@ def kill_processes(driver: subprocess.Popen[bytes], kill: str) -> None:
     if kill == "driver":
         driver.kill()
         return
-    workers = find_workers(driver.pid)
+    workers = list_descendants(driver.pid, b"ray::RayTrainWorker")
     assert len(workers) == NUM_WORKERS, workers
     for pid in workers if kill == "all_workers" else workers[-1:]:
         os.kill(pid, signal.SIGKILL)
-
-
-def find_workers(root: int) -> list[int]:
-    """The training workers below a process, in the order in which they were started."""
-    parents: dict[int, int] = {}
-    names: dict[int, bytes] = {}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdecimal():
-            continue
-        try:
-            stat = (entry / "stat").read_text()
-            names[int(entry.name)] = (entry / "cmdline").read_bytes()
-        except (FileNotFoundError, ProcessLookupError):  # it ended meanwhile
-            continue
-        parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
-    found = [pid for pid, name in names.items() if name.startswith(b"ray::RayTrainWorker")]
-    return sorted(pid for pid in found if descends(pid, root, parents))
 
 
 def read(lines: Path, kind: str) -> list[dict[str, Any]]:

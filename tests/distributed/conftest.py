@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,15 @@ PATIENCE_S = 600.0
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(request: pytest.FixtureRequest) -> Iterator[ClusterSize]:
+def ray_cluster(
+    request: pytest.FixtureRequest, ray_priority: dict[str, str]
+) -> Iterator[ClusterSize]:
     """Ray on this machine, shared by all tests; run_training and run_inference keep it."""
     with pytest.MonkeyPatch.context() as patch:
         # A cluster that the user works on is not for tests.
         patch.delenv("RAY_ADDRESS", raising=False)
-        # Beside tests that compute, Ray's workers would otherwise get what those leave.
-        patch.setenv("RAY_worker_niceness", "0")
+        for name, value in ray_priority.items():
+            patch.setenv(name, value)
         if _has_s3_server():
             environment = request.getfixturevalue("s3_server").environment()
             for name in CREDENTIALS:
@@ -178,12 +180,23 @@ def wait_until() -> Callable[[Callable[[], object], str], None]:
 
 
 @pytest.fixture(scope="session")
-def kill_worker() -> Callable[[str], int]:
+def find_workers() -> Callable[[str], list[int]]:
+    """The worker processes of this test's Ray, at least one, by the start of their title."""
+
+    def find(title: str) -> list[int]:
+        found = [pid for pid in _descendants(os.getpid()) if _title(pid).startswith(title)]
+        assert found, f"no process of this Ray is called {title}"
+        return found
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def kill_worker(find_workers: Callable[[str], list[int]]) -> Callable[[str], int]:
     """End one worker process of this test's Ray outright, by the start of its title."""
 
     def kill(title: str) -> int:
-        found = [pid for pid in _descendants(os.getpid()) if _title(pid).startswith(title)]
-        assert found, f"no process of this Ray is called {title}"
+        found = find_workers(title)
         os.kill(found[0], signal.SIGKILL)
         return found[0]
 
@@ -221,13 +234,13 @@ def hold_reader() -> Callable[..., Any]:
 
 
 @contextmanager
-def _hold_reader(path: Path, on_read: Callable[[int], bool]) -> Iterator[list[BaseException]]:
+def _hold_reader(path: Path, on_read: Callable[[int], None]) -> Iterator[list[BaseException]]:
     """Serve a file's content through pipes, one for each reading.
 
     Args:
         path: The file; it is put back afterwards.
-        on_read: Called with the number of the reading, from 1, while its reader waits. Returns
-            whether the reader gets the content; False after the reader was killed.
+        on_read: Called with the number of the reading, from 1, while its reader waits. It may end
+            the reader; one that lives gets the content.
 
     Yields:
         What `on_read` raised; the test asserts that it is empty.
@@ -247,11 +260,10 @@ def _hold_reader(path: Path, on_read: Callable[[int], bool]) -> Iterator[list[Ba
                     return
                 number += 1
                 try:
-                    is_wanted = on_read(number)
+                    on_read(number)
                 except BaseException as error:
                     failures.append(error)
-                    is_wanted = True
-                if is_wanted:
+                with suppress(BrokenPipeError):  # its reader was ended
                     pipe.write(content)
 
     server = threading.Thread(target=serve, name="pipe", daemon=True)

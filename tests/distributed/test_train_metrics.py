@@ -85,12 +85,11 @@ def test_a_training_is_seen_by_prometheus_and_in_json_lines(
     folder = tmp_path / "model_run"
     seen: Series = {}
 
-    def follow(reading: int) -> bool:
+    def follow(reading: int) -> None:
         # Each epoch reads the image once: it is killed in the second, which comes again.
         if reading == 2:
             wait_until(lambda: _is_registered(folder, "step_00000002"), "the first checkpoint")
             kill_worker("ray::RayTrainWorker")
-            return False
         if reading == 4:
             run_id = json.loads((folder / "run.json").read_text())["run_id"]
 
@@ -103,7 +102,6 @@ def test_a_training_is_seen_by_prometheus_and_in_json_lines(
                 return has_both and f"{PREFIX}errors_total" in names
 
             wait_until(is_exported, "the series of the training at the node's metrics port")
-        return True
 
     with hold_reader(sorted(scenes.images.glob("train*"))[0], follow) as failures:
         run_training(make_train_job(tmp_path / "model.pth"))

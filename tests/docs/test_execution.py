@@ -74,12 +74,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, scenes: Path) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         card, model = make_card(job, read_inputs(job), run_id="untrained")
-    weights = model.state_dict()
-    # Scores about 0.1 that differ: enough for what compares files, and for thresholds.
+    _spread_scores(model)
+    path.write_bytes(dump_weights(card, model.state_dict()))
+    return path
+
+
+def _spread_scores(network: Any) -> None:
+    """Scores about 0.1 that differ: enough for what compares files, and for thresholds."""
+    weights = network.state_dict()
     weights["class_head.output.bias"].fill_(-2.2)
     weights["class_head.output.weight"].mul_(20)
-    path.write_bytes(dump_weights(card, weights))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -151,9 +155,7 @@ def _write_odtk(write: Callable[[Any, Path], None], path: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = RetinaNet(backbone="ResNet18FPN", num_classes=10, norm="bn").eval()
-    # Scores about 0.1 that differ, as above.
-    torch.nn.init.constant_(network.class_head.output.bias, -2.2)
-    network.class_head.output.weight.data.mul_(20)
+    _spread_scores(network)
     write(network, path)
 
 

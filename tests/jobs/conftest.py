@@ -29,14 +29,15 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def start_command(workplace: Path) -> Callable[..., subprocess.Popen[str]]:
+def start_command(
+    workplace: Path, ray_priority: dict[str, str]
+) -> Callable[..., subprocess.Popen[str]]:
     """Start a program in the workplace: no Ray and no home but its own."""
     environment = {name: value for name, value in os.environ.items() if "RAY_" not in name}
     environment |= {
         "PYTHONPATH": str(REPOSITORY / "platform"),
         "HOME": str(workplace / "home"),
-        # Beside tests that compute, Ray's workers would otherwise get what those leave.
-        "RAY_worker_niceness": "0",
+        **ray_priority,
     }
 
     def start(*arguments: str) -> subprocess.Popen[str]:

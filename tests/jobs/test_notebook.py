@@ -16,7 +16,9 @@ CELL_TIMEOUT_S = 600
 
 
 @pytest.fixture
-def kernel_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def kernel_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_priority: dict[str, str]
+) -> Path:
     """A folder for the kernel with a home of its own, the package on its path, and no Ray."""
     for name in [name for name in os.environ if "RAY_" in name]:
         monkeypatch.delenv(name)
@@ -28,8 +30,7 @@ def kernel_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
         "JUPYTER_PLATFORM_DIRS": "1",
         "PYTHONPATH": str(REPOSITORY / "platform"),
-        # Beside tests that compute, Ray's workers would otherwise get what those leave.
-        "RAY_worker_niceness": "0",
+        **ray_priority,
     }.items():
         monkeypatch.setenv(name, value)
     place = tmp_path / "place"

@@ -18,11 +18,10 @@ from retinaray.config.schema import InferJob
 from retinaray.data.coco_results import check_coco_results
 from retinaray.errors import CheckpointError, ConfigError, DatasetError, StorageError
 from retinaray.inference.run_files import RunFiles
-from retinaray.path_hints import hint_at_missing
+from retinaray.path_hints import hint_at_missing, show_paths
 from retinaray.reporting.report.contents import ReportedRun
 from retinaray.storage import Storage, is_s3, join_uri, local_path
 
-_MOST_SHOWN = 3
 _RECORDS = ("run.json", "sweep.json", "metrics.jsonl")
 
 logger = logging.getLogger(__name__)
@@ -70,8 +69,7 @@ def open_run(uri: str, job: ReportJob, storage: Storage) -> OpenedRun:
 def _hint_at_runs(path: Path) -> str:
     """Runs that lie in a folder which is none; or what the path may have meant."""
     inner = sorted({str(r.parent) for name in _RECORDS for r in path.glob(f"*/{name}")})
-    more = f" and {len(inner) - _MOST_SHOWN} more" if len(inner) > _MOST_SHOWN else ""
-    return f"it holds {', '.join(inner[:_MOST_SHOWN])}{more}" if inner else hint_at_missing(path)
+    return f"it holds {show_paths(inner)}" if inner else hint_at_missing(path)
 
 
 def _open_inference(

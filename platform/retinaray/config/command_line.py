@@ -7,8 +7,9 @@ positional argument, and lets `--size 640 model.pth` swallow the file name.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from retinaray.config.odtk_flags import SCHEDULE, OdtkFlag
 from retinaray.config.options import Option, OptionTable
@@ -150,7 +151,7 @@ class _Scanner:
         # such as a folder that is called as the format that is written to it.
         if option.key != "model.backbone" or inline is not None:
             return
-        if more := self._take_choices(option):
+        if more := self._take_while(lambda word: word in option.shape.choices):
             came = " ".join([str(value), *more])
             self._fault(f"{name}: takes one value, and {1 + len(more)} came ({came}); give one")
 
@@ -238,16 +239,12 @@ class _Scanner:
             return [] if option.shape.count == "" else None
         return [first, *self._number_values()]
 
-    def _take_choices(self, option: Option) -> list[str]:
-        taken = []
-        while self._rest and self._rest[0] in option.shape.choices:
-            taken.append(self._rest.pop(0))
-        return taken
-
     def _number_values(self) -> list[str]:
-        taken = []
-        while self._rest and _NUMBER_LIKE.fullmatch(self._rest[0]):
-            taken.append(self._rest.pop(0))
+        return self._take_while(lambda word: _NUMBER_LIKE.fullmatch(word) is not None)
+
+    def _take_while(self, is_taken: Callable[[str], bool]) -> list[str]:
+        taken = list(takewhile(is_taken, self._rest))
+        del self._rest[: len(taken)]
         return taken
 
 

@@ -299,8 +299,9 @@ def collate_samples(samples: Sequence[Sample]) -> Batch:
     A training meets a handful of shapes, whatever its images hold: what was chosen, compiled or
     captured for a shape of the step is used again.
     """
+    most_boxes = max(len(sample.boxes_xyxy) for sample in samples)
     num_boxes = _LEAST_BOXES
-    while num_boxes < max(len(sample.boxes_xyxy) for sample in samples):
+    while num_boxes < most_boxes:
         num_boxes *= 2
     boxes = torch.zeros(len(samples), num_boxes, 4)
     class_indices = torch.zeros(len(samples), num_boxes, dtype=torch.int64)

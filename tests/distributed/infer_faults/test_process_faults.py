@@ -63,14 +63,13 @@ def test_infer_completes_when_a_node_is_killed(
     readers: list[int] = []
     has_reader = threading.Event()
 
-    def wait_for_death(reading: int) -> bool:
+    def wait_for_death(reading: int) -> None:
         if reading > 1:
-            return True
+            return
         wait_until(lambda: len(list_parts(output)) >= 3, "three parts")
         readers.append(find_reader(held))
         has_reader.set()
         wait_until(lambda: not is_running(readers[0]), "the end of the worker")
-        return False
 
     with hold_reader(held, wait_for_death) as failures:
         # Three workers that take a processor each cannot all be on one node.
@@ -104,15 +103,14 @@ def test_infer_gives_the_same_bytes_when_three_workers_in_a_row_are_killed(
 ) -> None:
     killed: list[int] = []
 
-    def kill_reader_of(path: Path) -> Callable[[int], bool]:
-        def kill(reading: int) -> bool:
+    def kill_reader_of(path: Path) -> Callable[[int], None]:
+        def kill(reading: int) -> None:
             if reading > 1:
-                return True
+                return
             pid = find_reader(path)
             os.kill(pid, signal.SIGKILL)
             killed.append(pid)
             wait_until(lambda: not is_running(pid), "the end of the worker")
-            return False
 
         return kill
 
@@ -142,12 +140,11 @@ def test_infer_accounts_once_for_images_that_changed_after_they_were_listed(
     other = pictures[0].read_bytes()
     contents = {path: path.read_bytes() for path in (replaced, ruined)}
 
-    def change(reading: int) -> bool:
+    def change(reading: int) -> None:
         # What is listed stands in the record by now.
         assert json.loads((output / "run.json").read_bytes())["num_inputs"] == 33
         replaced.write_bytes(other)
         ruined.write_bytes(contents[ruined][:100])
-        return True
 
     try:
         with hold_reader(pictures[0], change) as failures:

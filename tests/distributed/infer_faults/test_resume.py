@@ -55,13 +55,12 @@ def interrupt(
         ended: list[int] = []
         lock = threading.Lock()
 
-        def end_at_first_reading(reading: int) -> bool:
+        def end_at_first_reading(reading: int) -> None:
             with lock:
                 if not ended:
                     wait_until(lambda: len(list_parts(output)) >= num_parts, f"{num_parts} parts")
                     end_process(drivers[0].pid, by)
                     ended.append(reading)
-            return False
 
         with ExitStack() as stack:
             failures = [

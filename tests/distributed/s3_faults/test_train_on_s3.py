@@ -49,6 +49,32 @@ def pieces_s3(faulty_s3: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     return faulty_s3
 
 
+@pytest.fixture
+def fit_on_s3(
+    make_train_job: Callable[..., TrainJob], s3_bucket: str, pieces_s3: Any, tmp_path: Path
+) -> Callable[..., Any]:
+    """A training whose checkpoints go through the proxy; gives its store, its events and `fit`."""
+
+    def make(name: str, *, keep_every: int = 0, **changes: object) -> Any:
+        job = make_train_job(tmp_path / "model.pth", **changes)
+        store = RunStore(f"{s3_bucket}/{name}", pieces_s3.endpoint_url)
+        events: list[Any] = []
+
+        def fit() -> Any:
+            setup = RunSetup(
+                run_id=name,
+                store=store,
+                events=TrainEvents(tmp_path, events.append),
+                stop=StopSignal(),
+                keep_every=keep_every,
+            )
+            return fit_workers(job, PLAN, setup)
+
+        return store, events, fit
+
+    return make
+
+
 PLAN = WorkerPlan(num_workers=1, num_cpus=1, num_gpus=0, num_threads=1)
 Tensors = dict[str, torch.Tensor]
 
@@ -68,14 +94,9 @@ def undisturbed(
 
 @pytest.mark.slow
 def test_fit_workers_keeps_checkpoints_on_s3_when_the_server_refuses_for_a_while_and_is_slow(
-    undisturbed: Tensors,
-    make_train_job: Callable[..., TrainJob],
-    s3_bucket: str,
-    pieces_s3: Any,
-    tmp_path: Path,
+    undisturbed: Tensors, fit_on_s3: Callable[..., Any], pieces_s3: Any
 ) -> None:
-    job = make_train_job(tmp_path / "model.pth")
-    events: list[Any] = []
+    store, events, fit = fit_on_s3("slow", keep_every=2)
     refused: list[str] = []
 
     def refuse_some(method: str, path: str, number: int) -> str:
@@ -86,18 +107,6 @@ def test_fit_workers_keeps_checkpoints_on_s3_when_the_server_refuses_for_a_while
         return "slow" if method == "PUT" and "/step_00000004/" in path else ""
 
     pieces_s3.choose = refuse_some
-    store = RunStore(f"{s3_bucket}/run", pieces_s3.endpoint_url)
-
-    def fit() -> Any:
-        setup = RunSetup(
-            run_id="on-s3",
-            store=store,
-            events=TrainEvents(tmp_path, events.append),
-            stop=StopSignal(),
-            keep_every=2,
-        )
-        return fit_workers(job, PLAN, setup)
-
     result = fit()
     assert len(refused) == 3
     assert pieces_s3.met["slow"] >= 2
@@ -106,17 +115,15 @@ def test_fit_workers_keeps_checkpoints_on_s3_when_the_server_refuses_for_a_while
     names = find_checkpoints(store.checkpoints, store.files)
     assert names[0] == "step_00000006"
     assert len(names) <= 3
-    folder = f"{store.checkpoints}/{names[0]}"
-    manifest = read_manifest(folder, run_id="on-s3", files=store.files)
-    weights = read_verified(folder, "weights.pth", manifest=manifest, files=store.files)
+    _check_newest(store, "slow", undisturbed)
     # Of three epochs the second is kept for good.
     (kept,) = store.files.list_files(store.kept)
     assert kept.endswith("/kept/step_00000004.pth")
     card, _ = read_weights(store.files.read_bytes(kept), source=kept)
-    assert card.run_id == "on-s3"
+    assert card.run_id == "slow"
 
     # The last checkpoint is cut off, as an upload that was never finished, and made again.
-    store.files.delete(f"{folder}/checkpoint.json")
+    store.files.delete(f"{store.checkpoints}/{names[0]}/checkpoint.json")
     events.clear()
     again = fit()
     steps = [event["step"] for event in events if event["kind"] == "progress"]
@@ -125,39 +132,19 @@ def test_fit_workers_keeps_checkpoints_on_s3_when_the_server_refuses_for_a_while
     (recovery,) = [event for event in events if event["kind"] == "recovery"]
     assert recovery["restored_step"] == steps[0] - 1
     assert again.metrics["step"] == result.metrics["step"] == 6
-    name = f"{store.checkpoints}/{find_checkpoints(store.checkpoints, store.files)[0]}"
-    manifest = read_manifest(name, run_id="on-s3", files=store.files)
-    redone = read_verified(name, "weights.pth", manifest=manifest, files=store.files)
-    _check_same(_read(weights), undisturbed)
-    _check_same(_read(redone), undisturbed)
+    _check_newest(store, "slow", undisturbed)
 
 
 @pytest.mark.slow
 def test_fit_workers_names_the_server_that_refuses_for_good_and_goes_on_when_it_is_back(
-    undisturbed: Tensors,
-    make_train_job: Callable[..., TrainJob],
-    s3_bucket: str,
-    pieces_s3: Any,
-    tmp_path: Path,
+    undisturbed: Tensors, fit_on_s3: Callable[..., Any], pieces_s3: Any
 ) -> None:
-    job = make_train_job(tmp_path / "model.pth", run__max_failures=0)
-    events: list[Any] = []
+    store, _, fit = fit_on_s3("refused", run__max_failures=0)
 
     def refuse(method: str, path: str, number: int) -> str:
         return "503" if method == "PUT" and "/step_00000004/training.pth" in path else ""
 
     pieces_s3.choose = refuse
-    store = RunStore(f"{s3_bucket}/refused", pieces_s3.endpoint_url)
-
-    def fit() -> Any:
-        setup = RunSetup(
-            run_id="refused",
-            store=store,
-            events=TrainEvents(tmp_path, events.append),
-            stop=StopSignal(),
-        )
-        return fit_workers(job, PLAN, setup)
-
     with pytest.raises(ClusterError, match=r"cannot write s3://.*/step_00000004/.*SlowDown") as e:
         fit()
     assert "\n" not in str(e.value)
@@ -165,16 +152,20 @@ def test_fit_workers_names_the_server_that_refuses_for_good_and_goes_on_when_it_
 
     pieces_s3.heal()
     assert fit().metrics["step"] == 6
-    folder = f"{store.checkpoints}/step_00000006"
-    manifest = read_manifest(folder, run_id="refused", files=store.files)
-    weights = read_verified(folder, "weights.pth", manifest=manifest, files=store.files)
-    _check_same(_read(weights), undisturbed)
+    _check_newest(store, "refused", undisturbed)
+
+
+def _check_newest(store: RunStore, run_id: str, wanted: Tensors) -> None:
+    """Whether the newest checkpoint is whole and holds these weights, bit for bit."""
+    newest = find_checkpoints(store.checkpoints, store.files)[0]
+    assert newest.startswith("step_00000006")
+    folder = f"{store.checkpoints}/{newest}"
+    manifest = read_manifest(folder, run_id=run_id, files=store.files)
+    content = read_verified(folder, "weights.pth", manifest=manifest, files=store.files)
+    found = _read(content)
+    assert found.keys() == wanted.keys()
+    assert not [name for name in wanted if not torch.equal(found[name], wanted[name])]
 
 
 def _read(content: bytes) -> Tensors:
     return dict(read_weights(content, source="weights.pth")[1].state_dict())
-
-
-def _check_same(found: Tensors, wanted: Tensors) -> None:
-    assert found.keys() == wanted.keys()
-    assert not [name for name in wanted if not torch.equal(found[name], wanted[name])]

@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -157,64 +156,23 @@ def start_elastic(
 
 
 @pytest.fixture
-def call_later() -> Callable[..., Callable[[int], bool]]:
+def call_later() -> Callable[..., Callable[[int], None]]:
     """For `hold_reader`: call_later(number, act) acts at the reading of that number alone."""
 
-    def make(number: int, act: Callable[[], bool]) -> Callable[[int], bool]:
-        return lambda reading: act() if reading == number else True
+    def make(number: int, act: Callable[[], None]) -> Callable[[int], None]:
+        return lambda reading: act() if reading == number else None
 
     return make
 
 
-@pytest.fixture(scope="session")
-def has_reader_of() -> Callable[[Path], bool]:
-    """Whether another process has a file open, which `hold_reader` has made it wait for."""
-
-    def find(path: Path) -> bool:
-        # `hold_reader` has put the pipe of the next reader in its place.
-        names = {str(path), f"{path} (deleted)"}
-        pids = [entry.name for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-        return any(names & _list_open(pid) for pid in pids if int(pid) != os.getpid())
-
-    return find
-
-
-def _list_open(pid: str) -> set[str]:
-    found = set()
-    with suppress(FileNotFoundError, ProcessLookupError, PermissionError):  # it ended meanwhile
-        for link in Path(f"/proc/{pid}/fd").iterdir():
-            with suppress(FileNotFoundError):  # one file was closed meanwhile
-                found.add(str(link.readlink()))
-    return found
-
-
 @pytest.fixture
-def signal_workers() -> Callable[[int], list[int]]:
+def signal_workers(find_workers: Callable[[str], list[int]]) -> Callable[[int], list[int]]:
     """Send a signal to each training worker of this test's Ray; gives their process numbers."""
 
     def send(number: int) -> list[int]:
-        pids = _find_train_workers()
-        assert pids
+        pids = find_workers("ray::RayTrainWorker")
         for pid in pids:
             os.kill(pid, number)
         return pids
 
     return send
-
-
-def _find_train_workers() -> list[int]:
-    parents, titles = {}, {}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            stat = (entry / "stat").read_text(errors="replace")
-            title = (entry / "cmdline").read_text(errors="replace")
-        except (FileNotFoundError, ProcessLookupError):  # it ended meanwhile
-            continue
-        pid = int(entry.name)
-        parents[pid], titles[pid] = int(stat.rpartition(")")[2].split()[1]), title
-    found = [os.getpid()]
-    for pid in found:
-        found.extend(child for child, parent in parents.items() if parent == pid)
-    return [pid for pid in found if titles.get(pid, "").startswith("ray::RayTrainWorker")]

@@ -49,10 +49,9 @@ def test_a_training_goes_on_when_all_its_workers_were_killed(
     folder = tmp_path / "model_run"
     killed: list[int] = []
 
-    def kill_all() -> bool:
+    def kill_all() -> None:
         wait_until(lambda: _is_registered(folder, "step_00000004"), "the first checkpoint")
         killed.extend(signal_workers(signal.SIGKILL))
-        return False
 
     # The third epoch is that of steps 5 and 6.
     with hold_reader(image, call_later(3, kill_all)) as failures:
@@ -88,12 +87,11 @@ def test_a_training_goes_on_when_its_driver_was_killed(
     job, folder = make_long_job(tmp_path / "model.pth", run__val_every=2), tmp_path / "model_run"
     drivers: list[subprocess.Popen[bytes]] = []
 
-    def kill_driver() -> bool:
+    def kill_driver() -> None:
         # Whole, but not necessarily known to Ray: the files tell.
         wait_until(lambda: list_complete(folder) == [4], "the first checkpoint")
         os.kill(drivers[0].pid, signal.SIGKILL)
         drivers[0].wait(PATIENCE_S)
-        return False
 
     with hold_reader(image, call_later(3, kill_driver)) as failures:
         drivers.append(start_driver(job))

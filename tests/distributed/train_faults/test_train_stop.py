@@ -46,13 +46,12 @@ def test_a_stopped_training_keeps_its_steps_and_goes_on_even_from_a_damaged_last
     caplog.set_level(logging.INFO, logger="retinaray")
     job, folder = make_long_job(tmp_path / "model.pth"), tmp_path / "model_run"
 
-    def stop() -> bool:
+    def stop() -> None:
         wait_until(lambda: len(read_events(folder, "progress")) >= 2, "two steps")
         os.kill(os.getpid(), signal.SIGTERM)
         # The worker asks every half second.
         sent_s = time.monotonic()
         wait_until(lambda: time.monotonic() - sent_s > ORDER_S, "the order's way to the worker")
-        return True
 
     with (
         hold_reader(image, call_later(2, stop)) as failures,
@@ -119,7 +118,7 @@ def test_a_worker_whose_machine_gets_notice_loses_no_step_before_it(
 ) -> None:
     job, folder = make_long_job(tmp_path / "model.pth"), tmp_path / "model_run"
 
-    def give_notice(reading: int) -> bool:
+    def give_notice(reading: int) -> None:
         if reading == 2:
             signal_workers(signal.SIGTERM)
         if reading == 5:
@@ -128,8 +127,6 @@ def test_a_worker_whose_machine_gets_notice_loses_no_step_before_it(
             snapshot = folder / "ray_train" / "checkpoint_manager_snapshot.json"
             wait_until(snapshot.exists, "Ray's knowledge of it")
             kill_worker("ray::RayTrainWorker")
-            return False
-        return True
 
     with hold_reader(image, give_notice) as failures:
         outcome = run_training(job)

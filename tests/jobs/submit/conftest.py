@@ -143,7 +143,9 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def head(
-    bare_python: Path, wait_until: Callable[[Callable[[], object], str], None]
+    bare_python: Path,
+    ray_priority: dict[str, str],
+    wait_until: Callable[[Callable[[], object], str], None],
 ) -> Iterator[Head]:
     """The cluster for all tests here: two logical processors, the dashboard, a token."""
     # Sockets below it have at most 107 characters in their paths.
@@ -161,8 +163,7 @@ def head(
         "RAY_AUTH_TOKEN": token,
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-        # Beside tests that compute, its workers would otherwise get what those leave.
-        "RAY_worker_niceness": "0",
+        **ray_priority,
         "AWS_EC2_METADATA_DISABLED": "true",
     }
     command = [

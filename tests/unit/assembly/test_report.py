@@ -25,6 +25,10 @@ from retinaray.evaluation.candidates import join_detections
 from retinaray.reporting.trial_table import write_trials
 
 RunReport = Callable[..., tuple[ReportOutcome, str]]
+PARITY = {
+    **{"rows": [], "references": [], "tolerance": {}, "model": "m.pth"},
+    **{"num_images": 3, "machine": "a CPU"},
+}
 
 
 @pytest.fixture
@@ -282,13 +286,7 @@ def test_run_report_replays_the_best_trial_of_a_sweep(
     ("content", "kind"),
     [
         ({"AP": 0.5, "classes": [], "model": "m.pth", "images_per_s": 4.0}, "evaluation"),
-        (
-            {
-                **{"rows": [], "references": [], "tolerance": {}, "model": "m.pth"},
-                **{"num_images": 3, "machine": "a CPU"},
-            },
-            "parity check",
-        ),
+        (PARITY, "parity check"),
     ],
 )
 def test_run_report_tells_of_files_of_evaluate_and_parity(
@@ -319,14 +317,7 @@ def test_pages_of_all_runs_open_without_a_complaint(
         write_report(make_sweep(tmp_path / "sweep", image_set, tiny_weights))
     else:
         path = tmp_path / "numbers.json"
-        path.write_text(
-            json.dumps(
-                {
-                    **{"rows": [], "references": [], "tolerance": {}, "model": "m.pth"},
-                    **{"num_images": 3, "machine": "a CPU"},
-                }
-            )
-        )
+        path.write_text(json.dumps(PARITY))
         write_report(path)
     for width, color_scheme in ((360, "dark"), (1280, "light")):
         page = watch_page(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +27,7 @@ from retinaray.config.schema import InferJob
 from retinaray.errors import ConfigError, ImageError
 from retinaray.inference.pipeline import ImageResult, ImageSource
 from retinaray.inference.run_files import RunFiles
-from retinaray.inference.stage_times import StageClock
+from retinaray.inference.stage_times import Stage, StageClock
 from retinaray.inference.tiling import MAX_PER_TILE
 from retinaray.inference.torch_backend import load_torch_predictor
 from retinaray.storage import Storage
@@ -99,17 +101,38 @@ def test_load_as_used_decodes_the_whole_image_for_tiles(make_job: MakeJob) -> No
             load_as_used(source, job, (64, 96), lambda _: b"no image")
 
 
+class _WatchedClock(StageClock):
+    """Tells when the engine begins to wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_starved = threading.Event()
+
+    @contextmanager
+    def measure(self, stage: Stage) -> Iterator[None]:
+        if stage == "starved":
+            self.is_starved.set()
+        with super().measure(stage):
+            yield
+
+
 @pytest.mark.parametrize("tiling", [{}, {"tile": [64, 96]}], ids=["whole", "tiles"])
 def test_detect_part_counts_its_stages(
     make_job: MakeJob, tiny_weights: bytes, image_set: Any, tiling: dict[str, object]
 ) -> None:
-    job, clock = make_job(batch=2, tiling=tiling), StageClock()
+    job, clock = make_job(batch=2, tiling=tiling), _WatchedClock()
     predictor = load_torch_predictor(
         tiny_weights, uri="m.pth", settings=make_infer_settings(job, threads=1)
     )
     paths = [image_set.folder / image["file_name"] for image in image_set.coco["images"]]
     sources = [ImageSource(number, str(path)) for number, path in enumerate(paths)]
-    results = list(detect_part(predictor, sources, job, read=image_set.read, clock=clock))
+
+    def read(uri: str) -> bytes:
+        # Threads that are ahead of the engine would leave it nothing to wait for.
+        assert clock.is_starved.wait(60.0)
+        return bytes(image_set.read(uri))
+
+    results = list(detect_part(predictor, sources, job, read=read, clock=clock))
     assert [result.error for result in results] == [""] * 6
     times = clock.times
     assert times.num_bytes == sum(path.stat().st_size for path in paths)
