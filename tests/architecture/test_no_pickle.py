@@ -81,6 +81,8 @@ def _judge_call(call: ast.Call, modules: dict[str, str]) -> Iterator[str]:
         yield f"{name} with allow_pickle={options['allow_pickle']}"
     if name in ("torch.load", "torch.serialization.load") and options.get("weights_only") != "True":
         yield f"{name} without weights_only=True"
+    if name.endswith((".get_state_dict", "load_state_dict_from_url")):
+        yield f"calls {name}, which unpickles what lies in the folder of downloads"
     if name in ("torch.jit.load", "torch.package.PackageImporter", "torch.hub.load"):
         yield f"calls {name}, which runs code from the file"
     if name in ("yaml.load", "yaml.load_all"):
@@ -113,6 +115,11 @@ def test_package_reads_nothing_that_could_run_code(package_trees: dict[str, ast.
         ("import torch as t\nt.load(f, weights_only=False)", "torch.load without"),
         ("from torch import load as get\nget(f, weights_only=flag)", "torch.load without"),
         ("import torch\ntorch.jit.load(f)", "torch.jit.load"),
+        ("weights.get_state_dict(progress=False)", "unpickles what lies in"),
+        (
+            "from torch.hub import load_state_dict_from_url\nload_state_dict_from_url(u)",
+            "torch.hub",
+        ),
         ("import yaml\nyaml.load(f, yaml.Loader)", "yaml.load with yaml.Loader"),
         ("import yaml\nyaml.load(f)", "yaml.load with no loader"),
         ("import yaml\nyaml.Loader(f)", "calls yaml.Loader"),

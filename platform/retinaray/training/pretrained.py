@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 import safetensors.torch
+import torch
 import torchvision
 from safetensors import SafetensorError
 from torch import Tensor
 
-from retinaray.artifact import load_tensors
+from retinaray.artifact import hash_content, load_tensors
 from retinaray.errors import CheckpointError
 
 _TORCHVISION_NAMES = {
@@ -36,7 +37,8 @@ def read_backbone_weights(source: str, *, backbone: str) -> tuple[dict[str, Tens
         convolution.
 
     Raises:
-        CheckpointError: If there is neither such a file nor such a name, or it cannot be read.
+        CheckpointError: If there is neither such a file nor such a name, or it cannot be read, or
+            is not what torchvision's name stands for. No code of a file is executed.
     """
     path = Path(source)
     if path.is_file():
@@ -52,15 +54,38 @@ def read_backbone_weights(source: str, *, backbone: str) -> tuple[dict[str, Tens
             f"{', '.join(names) or 'none'}; give a file, one of these names, or leave "
             "--backbone-weights out"
         )
-    weights = torchvision.models.get_model_weights(_TORCHVISION_NAMES[backbone])[source]
+    url = torchvision.models.get_model_weights(_TORCHVISION_NAMES[backbone])[source].url
+    path = _download(url, source)
+    content = path.read_bytes()
+    if not hash_content(content).startswith(_hash_of(url)):
+        raise CheckpointError(
+            f"backbone weights {source}: {path} is not what {url} gives (expected SHA-256 "
+            f"{_hash_of(url)}..., found {hash_content(content)[:16]}...): delete it, and it is "
+            "downloaded again"
+        )
+    return load_tensors(content, source=str(path)), False
+
+
+def _download(url: str, source: str) -> Path:
+    """The file in torch's hub folder, where other programs may have put it before."""
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+    if path.is_file():
+        return path
     try:
-        return dict(weights.get_state_dict(progress=False)), False
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), _hash_of(url), progress=False)
     # torch reports a download whose hash is wrong as a RuntimeError.
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
-            f"backbone weights {source}: download from {weights.url} failed: {error}; "
+            f"backbone weights {source}: download from {url} failed: {error}; "
             "download the file by hand and give its path"
         ) from error
+    return path
+
+
+def _hash_of(url: str) -> str:
+    """The first digits of the file's SHA-256, which torchvision's names end with."""
+    return url.rpartition("-")[2].partition(".")[0]
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], bool]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 from pathlib import Path
 
 import pytest
@@ -20,8 +22,7 @@ def forbid_download(*_: object, **__: object) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", forbid_download)
-    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", forbid_download)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", forbid_download)
 
 
 def test_read_backbone_weights_takes_the_stride_from_the_files_metadata(
@@ -91,15 +92,74 @@ def test_read_backbone_weights_refuses_a_truncated_file(
         read_backbone_weights(str(path), backbone="ResNet18FPN")
 
 
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """torch's folder of downloads, still missing."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    return tmp_path / "hub" / "checkpoints"
+
+
 @pytest.mark.parametrize(
     "error", [OSError("no route to host"), RuntimeError("invalid hash value (expected ...)")]
 )
 def test_read_backbone_weights_says_what_to_do_when_the_download_fails(
-    monkeypatch: pytest.MonkeyPatch, error: Exception
+    monkeypatch: pytest.MonkeyPatch, hub: Path, error: Exception
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", fail)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
     with pytest.raises(CheckpointError, match=r"DEFAULT: download from https://.*resnet18.*failed"):
         read_backbone_weights("DEFAULT", backbone="ResNet18FPN")
+
+
+def test_read_backbone_weights_downloads_with_the_hash_in_the_name(
+    monkeypatch: pytest.MonkeyPatch, hub: Path
+) -> None:
+    stream = io.BytesIO()
+    torch.save({"conv1.weight": torch.arange(3.0)}, stream)
+    digits = hashlib.sha256(stream.getvalue()).hexdigest()[:8]
+    asked = []
+
+    def download(url: str, path: str, hash_prefix: str, progress: bool) -> None:
+        asked.append((url, hash_prefix))
+        Path(path).write_bytes(stream.getvalue())
+
+    weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+    monkeypatch.setattr(type(weights), "url", f"https://weights/resnet18-{digits}.pth")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    for _ in range(2):
+        state, _ = read_backbone_weights("IMAGENET1K_V1", backbone="ResNet18FPN")
+        assert torch.equal(state["conv1.weight"], torch.arange(3.0))
+    assert asked == [(f"https://weights/resnet18-{digits}.pth", digits)]
+
+
+class _Intruder:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.mkdir, (self.mark,)
+
+
+@pytest.mark.parametrize("is_named_so", [False, True])
+def test_read_backbone_weights_runs_no_code_of_a_file_in_the_hub_folder(
+    monkeypatch: pytest.MonkeyPatch, hub: Path, tmp_path: Path, is_named_so: bool
+) -> None:
+    mark = tmp_path / "was_run"
+    stream = io.BytesIO()
+    torch.save({"conv1.weight": _Intruder(mark)}, stream)
+    weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+    if is_named_so:
+        digits = hashlib.sha256(stream.getvalue()).hexdigest()[:8]
+        monkeypatch.setattr(type(weights), "url", f"https://weights/resnet18-{digits}.pth")
+    hub.mkdir(parents=True)
+    path = hub / weights.url.rpartition("/")[2]
+    path.write_bytes(stream.getvalue())
+    reason = "not a readable weights file" if is_named_so else "delete it, and it is downloaded"
+    with pytest.raises(CheckpointError, match=reason):
+        read_backbone_weights("IMAGENET1K_V1", backbone="ResNet18FPN")
+    assert not mark.exists()
+    # The file would have done it.
+    torch.load(path, weights_only=False)
+    assert mark.exists()
