@@ -229,6 +229,8 @@ def _number_annotations(rows: Rows) -> Generator[list[Row], None, None]:
                 "area": round(detection["bbox"][2] * detection["bbox"][3], _AREA_DIGITS),
                 "score": detection["score"],
                 "iscrowd": 0,
+                # Empty, not absent: readers such as CVAT's refuse a box without it.
+                "segmentation": [],
             }
             for number, detection in enumerate(row["detections"], start=next_id)
         ]

@@ -207,6 +207,8 @@ def _write_annotation(box: LabelledBox, image_id: object, category_id: object) -
         "bbox": list(box.xywh),
         "area": box.xywh[2] * box.xywh[3],
         "iscrowd": int(box.is_crowd),
+        # Empty, not absent: readers such as CVAT's refuse a box without it.
+        "segmentation": [],
     }
     if box.attributes:
         entry["attributes"] = dict(box.attributes)

@@ -99,6 +99,7 @@ def test_write_coco_dataset_gives_annotations_with_ids_areas_and_scores() -> Non
             "area": 41.1025,  # 10.25 * 4.01
             "score": 0.75,
             "iscrowd": 0,
+            "segmentation": [],
         },
         {
             "id": 2,
@@ -108,6 +109,7 @@ def test_write_coco_dataset_gives_annotations_with_ids_areas_and_scores() -> Non
             "area": 600.0,
             "score": 0.5,
             "iscrowd": 0,
+            "segmentation": [],
         },
         {
             "id": 3,
@@ -117,6 +119,7 @@ def test_write_coco_dataset_gives_annotations_with_ids_areas_and_scores() -> Non
             "area": 6.0,
             "score": 0.25,
             "iscrowd": 0,
+            "segmentation": [],
         },
     ]
 

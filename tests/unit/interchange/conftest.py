@@ -34,10 +34,10 @@ STREET: dict[str, list[dict[str, Any]]] = {
 
 @pytest.fixture
 def street() -> dict[str, list[dict[str, Any]]]:
-    """A COCO document; each test gets its own copy, `area` and `iscrowd` filled in."""
+    """A COCO document; each test gets its own copy, with all fields of a box."""
     document: dict[str, list[dict[str, Any]]] = json.loads(json.dumps(STREET))
     for entry in document["annotations"]:
-        entry |= {"area": entry["bbox"][2] * entry["bbox"][3], "iscrowd": 0}
+        entry |= {"area": entry["bbox"][2] * entry["bbox"][3], "iscrowd": 0, "segmentation": []}
     return document
 
 
