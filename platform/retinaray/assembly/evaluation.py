@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from retinaray.assembly.kitti import read_kitti_detections
+from retinaray.assembly.provenance import describe_making
 from retinaray.assembly.reading import (
     make_predictor_settings,
     make_read_settings,
@@ -54,6 +56,8 @@ class EvaluateOutcome:
         images_per_s: From the first image to the last, reading included; 0 for a detections file.
         points: What the thresholds stored in the model give; empty when they are no more than the
             default, or the caller has a threshold of their own.
+        job: The settings.
+        versions: Packages that it was computed with.
         exit_code: 0.
     """
 
@@ -63,6 +67,8 @@ class EvaluateOutcome:
     num_errors: int
     images_per_s: float
     points: tuple[OperatingPoint, ...] = ()
+    job: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
     exit_code: int = 0
 
     def to_json(self) -> str:
@@ -75,6 +81,8 @@ class EvaluateOutcome:
                 "num_errors": self.num_errors,
                 **self.scores.to_dict(),
                 "operating_points": {point.name: describe_point(point) for point in self.points},
+                "job": self.job,
+                "versions": self.versions,
             }
         )
 
@@ -157,6 +165,7 @@ def run_evaluation(job: EvaluateJob) -> EvaluateOutcome:
         num_errors=len(found.failed),
         images_per_s=round(found.num_images / found.elapsed_s, 2),
         points=points,
+        **describe_making(job),
     )
 
 
@@ -247,6 +256,7 @@ def _score_list(
         scores=_score(truth, detections, job.annotations),
         num_errors=0,
         images_per_s=0.0,
+        **describe_making(job),
     )
 
 

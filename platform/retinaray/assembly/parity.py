@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from typing import Any
 
@@ -13,6 +13,7 @@ from retinaray.artifact import ModelCard, model_kind, read_weights
 from retinaray.assembly.hardware import describe_hardware
 from retinaray.assembly.parity_cases import ExportedFile, PlannedCase, plan_cases, read_files
 from retinaray.assembly.parity_images import ImageKey, draw_worst, read_batches
+from retinaray.assembly.provenance import describe_making
 from retinaray.assembly.reading import make_read_settings, make_reader, read_json
 from retinaray.config.parity_schema import ParityJob, ToleranceConfig
 from retinaray.data.coco_results import coco_results
@@ -54,11 +55,15 @@ class ParityOutcome:
         result: Rows, verdicts, and what was not run.
         output: Where the numbers were written; empty when nowhere.
         report: Where the page was written; empty when nowhere.
+        job: The settings.
+        versions: Packages that it was computed with.
     """
 
     result: ParityResult
     output: str = ""
     report: str = ""
+    job: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def exit_code(self) -> int:
@@ -67,7 +72,11 @@ class ParityOutcome:
 
     def to_json(self) -> str:
         """One line for machines."""
-        return json.dumps({**self.result.to_dict(), "output": self.output, "report": self.report})
+        return json.dumps({**self.to_dict(), "output": self.output, "report": self.report})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `--output` holds them."""
+        return {**self.result.to_dict(), "job": self.job, "versions": self.versions}
 
     def to_text(self) -> str:
         """A table for people."""
@@ -306,9 +315,12 @@ def _write(
     job: ParityJob, result: ParityResult, pictures: Sequence[ParityPicture]
 ) -> ParityOutcome:
     storage = Storage(endpoint_url=job.reading.endpoint_url)
+    outcome = ParityOutcome(
+        result, output=job.output or "", report=job.report or "", **describe_making(job)
+    )
     if job.output is not None:
-        text = json.dumps(result.to_dict(), indent=2)
+        text = json.dumps(outcome.to_dict(), indent=2)
         storage.write_bytes(job.output, f"{text}\n".encode())
     if job.report is not None:
         storage.write_bytes(job.report, render_page(result, pictures).encode())
-    return ParityOutcome(result, output=job.output or "", report=job.report or "")
+    return outcome

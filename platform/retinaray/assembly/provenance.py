@@ -7,6 +7,10 @@ import subprocess
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
+
+from retinaray.config.loading import to_dict
+from retinaray.config.nodes import Job
 
 _PACKAGES = (
     "retinaray",
@@ -30,6 +34,11 @@ def collect_versions() -> dict[str, str]:
             versions[name] = "not installed"
     versions["commit"] = _read_commit()
     return versions
+
+
+def describe_making(job: Job) -> dict[str, Any]:
+    """How a result came about: `job`, its settings, and `versions`, as records have them."""
+    return {"job": to_dict(job), "versions": collect_versions()}
 
 
 def make_run_id() -> str:

@@ -10,11 +10,11 @@ from typing import Any
 
 from retinaray.assembly.reading import read_json, read_model_card, read_model_file
 from retinaray.assembly.report_analysis import NEEDS_DETECTIONS, DetectionSource, OpenedRun
-from retinaray.assembly.report_command import add_settings
+from retinaray.assembly.report_command import JobT, add_settings
 from retinaray.assembly.report_training import open_sweep, open_training, thresholds_of_card
 from retinaray.assembly.run_plan import list_truth, make_output
 from retinaray.config.report_schema import ReportJob
-from retinaray.config.schema import InferJob
+from retinaray.config.schema import DetectionConfig, EvaluateJob, InferJob, ParityJob
 from retinaray.data.coco_results import check_coco_results
 from retinaray.errors import CheckpointError, ConfigError, DatasetError, StorageError
 from retinaray.inference.run_files import RunFiles
@@ -129,20 +129,22 @@ def _read_inference(
             truth_name=annotations,
             images_root=job.images or inferred.images,
             uris=uris,
-            thresholds=_read_thresholds(inferred, files.storage),
+            thresholds=_read_thresholds(inferred.model, inferred.detection, files.storage),
         ),
     )
 
 
-def _read_thresholds(inferred: InferJob, storage: Storage) -> dict[int | str, float]:
+def _read_thresholds(
+    model: str, detection: DetectionConfig, storage: Storage
+) -> dict[int | str, float]:
     """What the run dropped detections by; empty when the model is gone and nothing was asked."""
     try:
-        content, sidecar = read_model_file(inferred.model, storage.read_bytes)
-        card = read_model_card(content, sidecar, inferred.model)
+        content, sidecar = read_model_file(model, storage.read_bytes)
+        card = read_model_card(content, sidecar, model)
     except (CheckpointError, StorageError) as error:
-        logger.warning("%s: thresholds are chosen anew: %s", inferred.model, error)
+        logger.warning("%s: thresholds are chosen anew: %s", model, error)
         return {}
-    asked = inferred.detection.score_threshold
+    asked = detection.score_threshold
     own = thresholds_of_card(card)
     return own if asked is None else dict.fromkeys(own, asked)
 
@@ -156,17 +158,48 @@ def _open_file(uri: str, job: ReportJob) -> OpenedRun:
         facts = {"model": str(content["model"]), "images": str(content["num_images"])}
         facts["machine"] = str(content["machine"])
         run = ReportedRun(name=name, kind="parity", source=uri, facts=facts, parity=content)
-        return OpenedRun(run)
+        return OpenedRun(_add_making(run, ParityJob, content)[0])
     if isinstance(content, dict) and {"AP", "classes", "model"} <= content.keys():
-        facts = {key: str(content[key]) for key in ("model", "backend") if content.get(key)}
-        gap = f"{NEEDS_DETECTIONS}; give the file of `evaluate --output` with --annotations"
-        run = ReportedRun(
-            name=name, kind="evaluate", source=uri, facts=facts, scores=content, gaps=(gap,)
-        )
-        return OpenedRun(run)
+        return _open_evaluation(uri, name, content, job)
     raise DatasetError(
         f"{uri}: expected detections (a list of COCO results), what evaluate printed, or what "
         "parity wrote to --output; found other JSON"
+    )
+
+
+def _add_making(
+    run: ReportedRun, job_class: type[JobT], content: Mapping[str, Any]
+) -> tuple[ReportedRun, JobT | None]:
+    if "job" in content:
+        return add_settings(run, job_class, content["job"], content.get("versions", {}))
+    gap = "settings and command line: the file does not hold them; an older version wrote it"
+    return replace(run, gaps=(*run.gaps, gap)), None
+
+
+def _open_evaluation(uri: str, name: str, content: Mapping[str, Any], job: ReportJob) -> OpenedRun:
+    """What `evaluate` printed, and the detections that it was told to keep."""
+    names = {"model": "model", "backend": "runtime", "images_per_s": "images per second"}
+    facts = {text: str(content[key]) for key, text in names.items() if content.get(key)}
+    run = ReportedRun(name=name, kind="evaluate", source=uri, facts=facts, scores=content)
+    run, evaluated = _add_making(run, EvaluateJob, content)
+    model = (evaluated and evaluated.model) or ""
+    found = (evaluated and evaluated.output) or (model if model.endswith(".json") else "")
+    storage = Storage(endpoint_url=job.reading.endpoint_url)
+    truth = job.annotations or (evaluated.annotations if evaluated else "")
+    if evaluated is None or not found or not (storage.exists(found) and storage.exists(truth)):
+        gap = f"{NEEDS_DETECTIONS}; give the file of `evaluate --output` with --annotations"
+        return OpenedRun(replace(run, gaps=(*run.gaps, gap)))
+    return OpenedRun(
+        run,
+        DetectionSource(
+            results=check_coco_results(read_json(found, job.reading), source=found),
+            truth=read_json(truth, job.reading),
+            truth_name=truth,
+            images_root=job.images or evaluated.images,
+            thresholds={}
+            if model == found or not model
+            else _read_thresholds(model, evaluated.detection, storage),
+        ),
     )
 
 

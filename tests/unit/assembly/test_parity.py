@@ -108,7 +108,7 @@ def test_run_parity_passes_what_was_exported_from_the_weights(
     (group,) = outcome.result.groups
     assert group.canvas == (64, 96)
     assert group.latency_ms is not None
-    assert json.loads((files / "out" / "numbers.json").read_text()) == outcome.result.to_dict()
+    assert json.loads((files / "out" / "numbers.json").read_text()) == outcome.to_dict()
     assert "All 1 cases pass" in (files / "out" / "page.html").read_text()
     line = json.loads(outcome.to_json())
     assert line["passed"] is True

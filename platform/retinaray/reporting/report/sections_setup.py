@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from retinaray.anchoring.coverage import CoverageReport, describe_coverage
-from retinaray.reporting.report.contents import KIND_NAMES, Picture, ReportedRun
+from retinaray.reporting.report.contents import KIND_NAMES, Numbered, Picture, ReportedRun
 from retinaray.reporting.report.markup import (
     Section,
     make_details,
@@ -20,8 +20,6 @@ from retinaray.reporting.report.markup import (
     show_number,
     show_share,
 )
-
-Numbered = Sequence[tuple[int, ReportedRun]]
 
 
 def render_anchors(runs: Numbered) -> Section:
@@ -107,6 +105,11 @@ def render_setup(runs: Numbered) -> Section:
             content = (
                 f'<div class="command"><pre tabindex="0">{escape(run.command)}</pre>'
                 '<button type="button" class="copy">Copy</button></div>' + content
+            )
+        if not run.settings and run.kind == "evaluate":
+            content += (
+                "<p>Detections do not hold how they were made; what <code>retinaray evaluate</code> "
+                "prints does.</p>"
             )
         if run.settings:
             content += make_details(
