@@ -115,6 +115,11 @@ def find_schedule_oddities(job: TrainJob, num_images: int) -> list[str]:
             "never reached, and the learning rate does not fall there; give more --iters, or "
             "earlier --milestones"
         )
+    if optim.warmup_steps is not None and optim.warmup_steps >= steps:
+        found.append(
+            f"optim.warmup_steps={optim.warmup_steps} (--warmup) of {steps} steps: the learning "
+            "rate never reaches its peak; give fewer, or leave it out for a tenth of the run"
+        )
     usual, peak = _LEARNING_RATES[optim.optimizer], optim.peak_lr or 0.0
     if optim.optimizer == "adamw" and peak >= _MANY_TIMES * usual:
         found.append(

@@ -16,6 +16,8 @@ from retinaray.errors import ConfigError, DatasetError
 
 # Sides of a canvas are whole multiples of this, as `choose_canvas` has them by default.
 CANVAS_MULTIPLE = 32
+# Below a share of so much, padding is worth a word.
+_MUCH_LESS = 0.8
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,31 @@ def choose_training_canvas(job: TrainJob, inputs: TrainingInputs) -> tuple[int, 
     if not job.data.two_canvases:
         return inputs.canvas
     return _choose_landscape_canvas(job, _list_sides(inputs.train))
+
+
+def find_size_oddities(job: TrainJob, inputs: TrainingInputs) -> list[str]:
+    """What the sizes of images cost and hardly anybody means, a line each; empty = nothing."""
+    found = []
+    jitter, short_side = job.augment.jitter, min(job.data.size or (job.data.resize,))
+    if jitter is not None and job.data.windows is None and jitter[1] > short_side:
+        found.append(
+            f"augment.jitter (--jitter): short sides of up to {jitter[1]} px on a canvas for "
+            f"{short_side} px: larger images are cut, at a random place; for whole ones give "
+            f"--resize {jitter[1]} or a smaller maximum"
+        )
+    is_fitted = job.data.size is None and job.data.windows is None and not job.data.two_canvases
+    sides = _list_sides(inputs.train)
+    is_upright = sides[:, 0] > sides[:, 1]
+    if is_fitted and is_upright.any() and not is_upright.all():
+        height, width = _choose_landscape_canvas(job, sides)
+        share = height * width / (inputs.canvas[0] * inputs.canvas[1])
+        if share < _MUCH_LESS:
+            found.append(
+                f"images of both orientations share a canvas of {inputs.canvas[0]}x"
+                f"{inputs.canvas[1]}: --two-canvases trains them on {height}x{width} and "
+                f"{width}x{height}, {share:.0%} of the pixels"
+            )
+    return found
 
 
 def _list_sides(train: CocoDataset) -> Int[np.ndarray, "images 2"]:

@@ -25,6 +25,7 @@ from retinaray.assembly.training import (
     read_inputs,
     resolve_paths,
 )
+from retinaray.assembly.training_inputs import find_size_oddities
 from retinaray.config.loading import load_from_dict, to_dict
 from retinaray.config.schema import TrainJob
 from retinaray.distributed.resources import connect
@@ -186,7 +187,8 @@ def _announce(job: TrainJob, inputs: TrainingInputs) -> None:
         count_steps(job, len(train)),
         job.run.batch,
     )
-    for oddity in find_schedule_oddities(job, len(train)):
+    oddities = find_schedule_oddities(job, len(train)) + find_size_oddities(job, inputs)
+    for oddity in oddities:
         logger.warning("%s", oddity)
 
 

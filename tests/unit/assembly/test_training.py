@@ -25,6 +25,7 @@ from retinaray.assembly.training import (
     read_inputs,
     resolve_paths,
 )
+from retinaray.assembly.training_inputs import find_size_oddities
 from retinaray.config.schema import TrainJob
 from retinaray.errors import CheckpointError, ConfigError, DatasetError, StorageError
 from retinaray.training.schedule import Schedule
@@ -348,6 +349,8 @@ def test_make_loader_gives_each_worker_its_slice_of_the_same_batches(
         ({"run.iters": 70, "optim.milestones": [60, 80]}, ["80 of 70 steps are never reached"]),
         # 2 epochs of 6 images by 4.
         ({"run.epochs": 2, "optim.milestones": [3, 6000]}, ["3, 6000 of 3 steps are never"]),
+        ({"run.iters": 50, "optim.warmup_steps": 50}, ["50 (--warmup) of 50 steps: the learning"]),
+        ({"run.iters": 50, "optim.warmup_steps": 49}, []),
         ({"optim.peak_lr": 0.01}, ["20 times AdamW's usual 0.0005"]),
         ({"optim.peak_lr": 0.004}, []),
         ({"optim.peak_lr": 0.01, "optim.optimizer": "sgd"}, []),
@@ -357,6 +360,29 @@ def test_find_schedule_oddities_tells_what_hardly_anybody_means(
     make_train_job: JobFactory, changes: dict[str, Any], words: list[str]
 ) -> None:
     found = find_schedule_oddities(make_train_job({"run.batch": 4, **changes}), num_images=6)
+    assert len(found) == len(words)
+    assert all(part in line for part, line in zip(words, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        # A canvas of 64x96 has two thirds of the pixels of 96x96.
+        ({}, ["share a canvas of 96x96: --two-canvases trains them on 64x96 and 96x64, 67% of"]),
+        ({"data.two_canvases": True}, []),
+        ({"data.size": [96, 96]}, []),
+        ({"data.two_canvases": True, "augment.jitter": [40, 64]}, []),
+        (
+            {"data.two_canvases": True, "augment.jitter": [40, 65]},
+            ["short sides of up to 65 px on a canvas for 64 px"],
+        ),
+    ],
+)
+def test_find_size_oddities_tells_of_padding_and_of_cuts(
+    make_train_job: JobFactory, changes: dict[str, Any], words: list[str]
+) -> None:
+    job = make_train_job(changes)
+    found = find_size_oddities(job, read_inputs(job))
     assert len(found) == len(words)
     assert all(part in line for part, line in zip(words, found, strict=True))
 
