@@ -193,6 +193,7 @@ def test_find_cases_gives_the_files_that_define_run(run: ModuleType, tmp_path: P
         "batch_files",
         "batch_inference",
         "batch_scale",
+        "checkpoint",
         "decode",
         "doctor",
         "gpu_training",
