@@ -97,7 +97,6 @@ def test_run_training_is_the_same_when_two_workers_share_the_batch(
         torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.slow
 def test_run_training_equals_the_undisturbed_run_when_its_worker_was_killed(
     undisturbed: tuple[TrainJob, TrainOutcome],
     make_train_job: MakeJob,
