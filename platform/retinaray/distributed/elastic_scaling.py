@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import logging
+import time
+from collections.abc import Callable
 from typing import Any
 
+import ray
+from ray.exceptions import RayError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
     NoopDecision,
+    ResizeDecision,
     ScalingDecision,
 )
 from ray.train.v2.api.config import ScalingConfig
 
 from retinaray.distributed.failure_policy import MendableFailurePolicy
 
+logger = logging.getLogger(__name__)
+
 _LOOK_S = 10.0
 """Nodes that came or went are noticed after so long."""
+# A validation or a slow upload can come before the checkpoint that was asked for. More workers
+# some minutes later cost less than the steps of an epoch a second time.
+_PATIENCE_S = 300.0
+_ANSWER_S = 5.0
 
 
 def choose_num_workers(num_possible: int, *, num_shares: int) -> int:
@@ -32,7 +44,7 @@ def choose_num_workers(num_possible: int, *, num_shares: int) -> int:
 
 
 class BatchScalingPolicy(ElasticScalingPolicy):
-    """As many workers as fit and as the batch divides among; resized after a checkpoint.
+    """As many workers as fit and as the batch divides among; grows after a checkpoint.
 
     The global batch and the order of the images stay what they are.
 
@@ -40,34 +52,76 @@ class BatchScalingPolicy(ElasticScalingPolicy):
         scaling_config: With the least and the greatest number of workers.
         num_shares: See `choose_num_workers`.
         board: An `EventBoard`: Ray resizes by going back to the last checkpoint, so that one is
-            asked for before, and the resizing waits for the next look.
+            asked for before workers are added, and waited for.
+        clock: Seconds.
     """
 
-    def __init__(self, scaling_config: ScalingConfig, *, num_shares: int, board: Any) -> None:
+    def __init__(
+        self,
+        scaling_config: ScalingConfig,
+        *,
+        num_shares: int,
+        board: Any,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         super().__init__(scaling_config)
         self._num_shares = num_shares
         self._board = board
-        self._has_asked = False
+        self._clock = clock
+        self._asked_s: float | None = None
+        self._has_looked = False
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
+        self._has_looked = True
         num_possible = super()._count_possible_workers(reserved_resources)
         return choose_num_workers(num_possible, num_shares=self._num_shares)
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        """As many as fit; what was asked of the workers before them is void."""
+        self._asked_s = None
+        return super().make_decision_for_non_running_worker_group()
 
     def make_decision_for_running_worker_group(
         self, worker_group_state: Any, worker_group_status: Any
     ) -> ScalingDecision:
-        """Resize only after a checkpoint was asked for, one look before."""
+        """Grow once a checkpoint is kept that was asked for; shrink at once.
+
+        Fewer workers are wanted when a node is gone, and then no checkpoint would come.
+        """
+        self._has_looked = False
         decision = super().make_decision_for_running_worker_group(
             worker_group_state, worker_group_status
         )
-        if isinstance(decision, NoopDecision):
+        if not isinstance(decision, ResizeDecision):
+            # Ray asks several times between two looks; only a look says that there is no room.
+            if self._has_looked:
+                self._asked_s = None
             return decision
-        if not self._has_asked:
-            self._has_asked = True
-            self._board.ask_for_checkpoint.remote()
+        if decision.num_workers > worker_group_state.num_workers and not self._may_grow():
             return NoopDecision()
-        self._has_asked = False
+        self._asked_s = None
         return decision
+
+    def _may_grow(self) -> bool:
+        """Whether the checkpoint is kept or was waited for too long; asks for it at first."""
+        if self._asked_s is None:
+            self._asked_s = self._clock()
+            self._board.ask_for_checkpoint.remote()
+            return False
+        if self._has_checkpoint():
+            return True
+        waited_s = self._clock() - self._asked_s
+        if waited_s < _PATIENCE_S:
+            return False
+        self._board.post.remote({"kind": "late", "seconds": round(waited_s, 1)})
+        return True
+
+    def _has_checkpoint(self) -> bool:
+        try:
+            return bool(ray.get(self._board.has_checkpoint.remote(), timeout=_ANSWER_S))
+        except RayError as error:
+            logger.info("the driver does not answer: %s", error)
+            return False
 
 
 class RunTrainer(TorchTrainer):

@@ -34,10 +34,22 @@ class EventBoard:
         self._events: list[dict[str, Any]] = []
         self._is_stopping = False
         self._num_checkpoints = 0
+        self._reported_step = 0
+        self._awaited_step: int | None = None
 
     def post(self, event: dict[str, Any]) -> None:
         """Leave an event."""
         self._events.append(event)
+        kind = event.get("kind")
+        if kind in ("running", "progress"):
+            self._reported_step = int(event["step"])
+        if self._awaited_step is None:
+            return
+        if kind == "running":
+            # These workers began after the order, and take it for one to those before them.
+            self.ask_for_checkpoint()
+        elif kind == "checkpoint" and int(event["step"]) >= self._awaited_step:
+            self._awaited_step = None
 
     def is_open(self) -> bool:
         """Answer, as long as the process that this mailbox belongs to is there."""
@@ -55,6 +67,14 @@ class EventBoard:
     def ask_for_checkpoint(self) -> None:
         """Leave the order to keep a checkpoint and to go on."""
         self._num_checkpoints += 1
+        self._awaited_step = self._reported_step
+
+    def has_checkpoint(self) -> bool:
+        """Whether one was kept since the last order, of the steps reported before it or later.
+
+        One that was being written at the order can be older than that; it is not the one.
+        """
+        return self._awaited_step is None
 
     def read_orders(self) -> Orders:
         """What was asked for so far."""

@@ -99,6 +99,12 @@ class TrainEvents:
             self.checkpoint = event
         elif kind == "refused":
             logger.warning("a checkpoint is not used, the one before it is: %s", event["reason"])
+        elif kind == "late":
+            logger.warning(
+                "no checkpoint within %.0f s of asking for one: workers are added all the same, "
+                "and the steps since the last checkpoint are taken again",
+                event["seconds"],
+            )
         elif kind == "skipped":
             self._keep_skipped(event)
 

@@ -20,6 +20,9 @@ from retinaray.distributed.train_run import run_workers
 pytestmark = [pytest.mark.local_ray, pytest.mark.usefixtures("ray_cluster")]
 
 NUM_STEPS = 40
+# An epoch has two steps and a checkpoint, which waits until the one before it is written: at worst
+# one is cut off, and the training stands at the end of the epoch after it.
+MOST_LOST = 4
 # Longer than what the helpers of a test wait for, so that theirs is the message.
 PATIENCE_S = 900.0
 
@@ -96,10 +99,9 @@ def test_a_training_shrinks_when_a_node_is_lost_and_grows_when_one_comes(
     assert not failures
     lost, grown = recoveries()[:2]
     assert (lost["num_workers"], lost["cause"]) == (1, "workers failed or were lost")
-    assert lost["lost_steps"] <= 2
+    assert lost["lost_steps"] <= MOST_LOST
     assert (grown["num_workers"], grown["cause"]) == (2, "the workers were changed")
-    # A checkpoint was asked for ten seconds before; an epoch has one, too.
-    assert grown["lost_steps"] <= 16
+    assert grown["lost_steps"] <= MOST_LOST
     steps = [event["step"] for event in read_events(folder, "progress")]
     assert sorted(set(steps)) == list(range(1, NUM_STEPS + 1))
     # The same batches in the same order, whoever was there; several add up in another order.
