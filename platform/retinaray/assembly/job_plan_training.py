@@ -171,7 +171,10 @@ def _add_work(job: TrainJob, facts: TrainingFacts, sheet: PlanSheet) -> None:
     add("work", "epochs", steps * batch / facts.num_images, _explain_length(job))
     add("work", "steps", steps, f"of {batch} images, {batch // job.run.workers} per worker")
     add("work", "images_trained_on", steps * batch)
-    add("work", "checkpoints_written", validations, "at most: early stopping may end it sooner")
+    note = "at most: early stopping may end it sooner"
+    if job.run.checkpoint_minutes is not None:
+        note = f"at most, and one after {job.run.checkpoint_minutes:g} minutes without"
+    add("work", "checkpoints_written", validations, note)
     add("work", "validation_images", facts.num_val_images, "at each of these")
 
 

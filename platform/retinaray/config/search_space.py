@@ -44,6 +44,7 @@ _FIXED = (
     "run.override",
     "run.log_every",
     "run.val_every",
+    "run.checkpoint_minutes",
     "run.max_failures",
     "run.strict_anchors",
     "run.patience",

@@ -212,6 +212,11 @@ class TrainRunConfig(Config):
     keep_every: Annotated[int, Field(ge=0), Flag("--keep-every", unit="epochs")] = 0
     """Keep the weights of every so many epochs for good, beside best and last: those of the first
     checkpoint at or after each; 0 = none."""
+    checkpoint_minutes: Annotated[
+        float | None, Field(gt=0), Flag("--checkpoint-minutes", unit="minutes")
+    ] = None
+    """Between validations, keep a checkpoint after this time too, unvalidated, to go on from; none
+    = only after validations."""
     max_failures: Annotated[int, Field(ge=0), Flag("--max-failures")] = 3
     """Worker failures that are survived by going back to the last checkpoint."""
     override: Annotated[bool, Flag("--override")] = False

@@ -148,11 +148,12 @@ class CheckpointKeeper:
         contents = {STATE_FILE: snapshot.dump, WEIGHTS_FILE: lambda: weights}
         if candidates is not None:
             contents[CANDIDATES_FILE] = candidates.dump
+        if snapshot.step in self.kept_steps:
+            # Before the checkpoint is whole: a training that goes on from it takes no step again.
+            files.write_bytes(join_uri(self.store.kept, f"{name}.pth"), weights)
         write_checkpoint(
             folder, contents, run_id=self.run_id, step=snapshot.step, metrics=metrics, files=files
         )
-        if snapshot.step in self.kept_steps:
-            files.write_bytes(join_uri(self.store.kept, f"{name}.pth"), weights)
         seconds = time.perf_counter() - start_s
         logger.info(
             "checkpoint after step %d: training stood %.3f s, written in %.2f s",

@@ -1,4 +1,4 @@
-"""What tells a training worker that it shall stop, or that its machine is about to go.
+"""What tells a training worker that it shall stop, or that a checkpoint is wanted now.
 
 The driver's orders come from the `EventBoard`; the end of a machine comes as SIGTERM to the worker,
 or as a node that Ray drains. A thread asks, so that no step waits for an answer.
@@ -7,6 +7,7 @@ or as a node that Ray drains. A thread asks, so that no step waits for an answer
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import threading
 import time
@@ -65,6 +66,7 @@ class NoticeWatch:
     Args:
         read_orders: Asks the driver; None on workers that leave that to rank 0.
         has_notice: Whether the machine is about to go.
+        period_s: So long after a checkpoint the next is wanted, though nobody asks.
         clock: Seconds.
     """
 
@@ -73,14 +75,17 @@ class NoticeWatch:
         read_orders: Callable[[], Orders] | None,
         *,
         has_notice: Callable[[], bool] = is_machine_going,
+        period_s: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._read_orders = read_orders
         self._has_notice = has_notice
+        self._period_s = period_s
         self._clock = clock
         self._orders = Orders(is_stopping=False, num_checkpoints=0)
         self._num_served: int | None = None
         self._served_notice_s: float | None = None
+        self._last_kept_s = clock()
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._ask_again, name="notices", daemon=True)
 
@@ -98,8 +103,10 @@ class NoticeWatch:
         return self._orders.is_stopping
 
     def wants_checkpoint(self) -> bool:
-        """Whether one is wanted: by the driver, or because the machine is about to go."""
+        """Whether one is wanted: by the driver, by the clock, or by a machine that is to go."""
         if self._orders.is_stopping or self._orders.num_checkpoints > (self._num_served or 0):
+            return True
+        if self._clock() - self._last_kept_s >= self._period_s:
             return True
         if not self._has_notice():
             return False
@@ -109,6 +116,7 @@ class NoticeWatch:
     def note_checkpoint(self) -> None:
         """What was wanted up to now has been done."""
         self._num_served = self._orders.num_checkpoints
+        self._last_kept_s = self._clock()
         if self._has_notice():
             if self._served_notice_s is None:
                 logger.warning("this training's machine is about to go: a checkpoint is kept")

@@ -236,6 +236,7 @@ def _fit(
         stop=stop,
         min_workers=job.run.min_workers,
         keep_every=job.run.keep_every,
+        checkpoint_minutes=job.run.checkpoint_minutes,
     )
     cause, result = "", None
     try:

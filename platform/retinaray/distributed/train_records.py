@@ -32,6 +32,7 @@ FREE_SETTINGS = (
     "run.workers",
     "run.min_workers",
     "run.keep_every",
+    "run.checkpoint_minutes",
     "run.max_failures",
     "run.log_every",
     "run.strict_anchors",

@@ -47,6 +47,7 @@ class RunSetup:
         stop: When it has a number, a checkpoint is kept and the workers end.
         min_workers: Fewer are waited for; None = as many as the job has, always.
         keep_every: Epochs between weights that are kept for good; 0 = none are.
+        checkpoint_minutes: Between two checkpoints at most; None = only planned ones are made.
         callbacks: `ray.train.UserCallback`s.
         is_trial: Checkpoints keep raw candidates of the validation set, and validations a latency.
         janitor: Gives the workers' resources back when this process is ended by force; see
@@ -59,6 +60,7 @@ class RunSetup:
     stop: StopSignal
     min_workers: int | None = None
     keep_every: int = 0
+    checkpoint_minutes: float | None = None
     callbacks: Sequence[Any] = ()
     is_trial: bool = False
     janitor: Any = None
@@ -180,6 +182,7 @@ def _fit_once(job: TrainJob, plan: WorkerPlan, setup: RunSetup) -> Any:
                 "board": board,
                 "store": setup.store,
                 "keep_every": setup.keep_every,
+                "checkpoint_minutes": setup.checkpoint_minutes,
                 "is_trial": setup.is_trial,
                 "janitor": setup.janitor,
                 "log": describe_worker_log(),

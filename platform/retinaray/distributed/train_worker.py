@@ -61,8 +61,9 @@ def train_worker(config: dict[str, Any]) -> LoopEnd:
     Args:
         config: `job` (a resolved TrainJob as plain values), `run_id`, `threads`, `board` (an
             EventBoard actor), `store` (where checkpoints go), `keep_every` (epochs between weights
-            that are kept for good), `is_trial` (keep raw candidates, measure the latency),
-            `janitor` (a Janitor actor for a trial; None otherwise), `log` (how the driver logs).
+            that are kept for good), `checkpoint_minutes` (between two checkpoints; None = only
+            planned ones), `is_trial` (keep raw candidates, measure the latency), `janitor` (a
+            Janitor actor for a trial; None otherwise), `log` (how the driver logs).
 
     Returns:
         Why the training ended.
@@ -123,7 +124,7 @@ def train_worker(config: dict[str, Any]) -> LoopEnd:
         pin_memory=device.type == "cuda",
     )
     wrapped = _wrap(model, device, world_size)
-    return _run(wrapped, loader, settings, keeper)
+    return _run(wrapped, loader, settings, keeper, minutes=config["checkpoint_minutes"])
 
 
 def _count_own_threads(planned: int, device: torch.device) -> int:
@@ -170,15 +171,23 @@ def _make_keeper(
 
 
 def _run(
-    wrapped: nn.Module, loader: Any, settings: LoopSettings, keeper: CheckpointKeeper
+    wrapped: nn.Module,
+    loader: Any,
+    settings: LoopSettings,
+    keeper: CheckpointKeeper,
+    *,
+    minutes: float | None,
 ) -> LoopEnd:
-    """Take the steps; a machine's notice interrupts them for a checkpoint, the driver's ends."""
+    """Take the steps; a notice or the clock interrupts them for a checkpoint, the driver ends."""
     state, board, metrics = keeper.state, keeper.board, keeper.metrics
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = next(state.model.parameters()).device
-    # One worker is enough to ask: a vote of one is a vote of all.
-    watch = NoticeWatch(ask_board(board) if rank == 0 else None)
+    # One worker is enough to ask and to look at the clock: a vote of one is a vote of all.
+    is_first, period_s = rank == 0, math.inf if minutes is None else 60 * minutes
+    watch = NoticeWatch(
+        ask_board(board) if is_first else None, period_s=period_s if is_first else math.inf
+    )
     first_step = _FirstStep(state, board)
 
     def post_progress(progress: Progress) -> None:
@@ -201,7 +210,7 @@ def _run(
         first_step.tell()
         return watch.wants_checkpoint()
 
-    # What a notice interrupts goes on with the very batches that are on their way.
+    # What a checkpoint interrupts goes on with the very batches that are on their way.
     batches = iter(loader)
     watch.ask()
     watch.start()

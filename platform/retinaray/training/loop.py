@@ -15,7 +15,7 @@ from retinaray.detector.retinanet import RetinaNet
 from retinaray.training.batch_loss import LossSettings
 from retinaray.training.progress import Progress, ProgressWindow
 from retinaray.training.schedule import Schedule
-from retinaray.training.signals import READ_DELAY, StepSignals
+from retinaray.training.signals import StepSignals
 from retinaray.training.state import TrainingState
 from retinaray.training.step import TrainingStep
 
@@ -145,13 +145,14 @@ def run_loop(
         batches: This worker's batches from `state.step` on, on the CPU.
         settings: How to train.
         world_size: Number of workers, for the reported losses.
-        on_progress: Called every `log_every` steps, and before a divergence is raised.
+        on_progress: Called every `log_every` steps, before a divergence is raised, and for what is
+            left where the training does not go to its end.
         on_checkpoint: Called at each checkpoint step as `planned`, after the final one as `last`,
             and as `stop` where a worker's wish comes between them; returns whether to end the
             training early, which counts at planned ones.
-        wants_stop: Asked after each step. Where one worker says yes, all stop after the same step,
-            the third after it: votes travel with the next step's foreground count, and are read
-            when the device is done with them.
+        wants_stop: Asked after each step. Where one worker says yes, all stop after the same step:
+            votes travel with the next step's foreground count, and are read when the device is
+            done with them, at a planned checkpoint or two steps later.
 
     Returns:
         Why it ended.
@@ -159,14 +160,16 @@ def run_loop(
     Raises:
         DivergenceError: If too many steps in a row have no finite gradient.
     """
-    total_steps = settings.total_steps
     step = _make_step(state, wrapped, settings)
     anchors = _AnchorsBySize(state.model)
-    signals = StepSignals(max_skipped_steps=settings.max_skipped_steps)
+    signals = StepSignals(
+        max_skipped_steps=settings.max_skipped_steps,
+        num_skipped_in_a_row=state.num_skipped_in_a_row,
+    )
     window = ProgressWindow(
         batch=settings.batch,
         num_images=settings.num_images,
-        total_steps=total_steps,
+        total_steps=settings.total_steps,
         world_size=world_size,
     )
     is_asked = False
@@ -187,20 +190,25 @@ def run_loop(
         state.step += 1
         window.add(result, batch.image_ids)
         signals.send(result, state.step, batch.image_ids)
-        signals.receive(num_behind=READ_DELAY if state.step < total_steps else 0)
+        signals.receive()
+        kind = _choose_checkpoint(state.step, settings, must_stop=signals.must_stop)
+        if kind is not None:
+            # What is kept knows of every step before it, and serves each vote up to it.
+            signals.receive(num_behind=0)
+        state.num_skipped_in_a_row = signals.num_skipped_in_a_row
         if signals.has_diverged or _is_report_due(state.step, settings):
             on_progress(window.summarise(state.step, rate))
         if signals.has_diverged:
             raise signals.describe_divergence()
-        kind = _choose_checkpoint(state.step, settings, must_stop=signals.must_stop)
         if kind is not None:
             is_enough = on_checkpoint(kind)
             state.model.train()
             window.leave_out_pause()
-            if kind == "planned" and is_enough:
-                return "early"
-            if kind != "last" and signals.must_stop:
-                return "stopped"
+            end = _choose_end(kind, is_enough=is_enough, must_stop=signals.must_stop)
+            if end is not None:
+                if window.has_steps:
+                    on_progress(window.summarise(state.step, rate))
+                return end
         is_asked = wants_stop()
     return "finished"
 
@@ -234,6 +242,15 @@ def _choose_checkpoint(
     if step in settings.checkpoint_steps:
         return "planned"
     return "stop" if must_stop else None
+
+
+def _choose_end(kind: CheckpointKind, *, is_enough: bool, must_stop: bool) -> LoopEnd | None:
+    """How the training ends with a checkpoint before the last one; none = it goes on."""
+    if kind == "last":
+        return None
+    if kind == "planned" and is_enough:
+        return "early"
+    return "stopped" if must_stop else None
 
 
 class _AnchorsBySize:

@@ -78,6 +78,11 @@ class ProgressWindow:
         self._world_size = world_size
         self._clear()
 
+    @property
+    def has_steps(self) -> bool:
+        """Whether there is anything to report."""
+        return bool(self._results)
+
     def note_arrival(self, cost: InputCost | None = None) -> None:
         """The images of the next step are there.
 

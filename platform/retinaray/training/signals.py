@@ -41,18 +41,26 @@ class StepSignals:
 
     Args:
         max_skipped_steps: Steps in a row without a finite gradient that are a divergence, >= 1.
+        num_skipped_in_a_row: Of these, directly before the first step that is sent.
+
+    Attributes:
+        must_stop: Whether somebody voted to stop.
+        num_skipped_in_a_row: Steps without a finite gradient up to the last one that was read.
     """
 
-    def __init__(self, *, max_skipped_steps: int) -> None:
+    def __init__(self, *, max_skipped_steps: int, num_skipped_in_a_row: int = 0) -> None:
         self._max_skipped_steps = max_skipped_steps
         self._sent: deque[_Flags] = deque()
-        self._skipped: deque[_Flags] = deque()
+        self._last_skipped: _Flags | None = None
         self.must_stop = False
+        self.num_skipped_in_a_row = num_skipped_in_a_row
 
     @property
     def has_diverged(self) -> bool:
-        """Whether too many steps in a row were skipped."""
-        return len(self._skipped) >= self._max_skipped_steps
+        """Whether too many steps in a row were skipped, the newest of them seen here."""
+        return (
+            self._last_skipped is not None and self.num_skipped_in_a_row >= self._max_skipped_steps
+        )
 
     def send(self, result: StepResult, step: int, image_ids: tuple[int | str, ...]) -> None:
         """Let a step's flags go to the host.
@@ -81,16 +89,15 @@ class StepSignals:
             flags = self._sent.popleft()
             wants_stop, is_finite = flags.read()
             self.must_stop = self.must_stop or wants_stop
-            if is_finite:
-                self._skipped.clear()
-            else:
-                self._skipped.append(flags)
+            self._last_skipped = None if is_finite else flags
+            self.num_skipped_in_a_row = 0 if is_finite else self.num_skipped_in_a_row + 1
 
     def describe_divergence(self) -> DivergenceError:
         """The error for a training that has diverged; only when it has."""
-        last = self._skipped[-1]
+        assert self._last_skipped is not None
+        last = self._last_skipped
         return DivergenceError(
-            f"no finite gradient in {len(self._skipped)} steps up to step {last.step} "
+            f"no finite gradient in {self.num_skipped_in_a_row} steps up to step {last.step} "
             f"(last images: {', '.join(map(str, last.image_ids[:_IDS_NAMED]))}): lower the "
             "learning rate (--lr), look at these images with `retinaray doctor`, or allow more "
             "such steps in a row (--max-skipped)"

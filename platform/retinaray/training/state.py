@@ -39,6 +39,7 @@ class TrainingState:
         step: Steps taken.
         best_ap: Best validation AP so far; none before the first validation.
         num_stale: Validations since the best one.
+        num_skipped_in_a_row: Steps without a finite gradient up to this one.
         scaler: Scale of the loss, for float16; none for other types.
     """
 
@@ -48,6 +49,7 @@ class TrainingState:
     step: int = 0
     best_ap: float | None = None
     num_stale: int = 0
+    num_skipped_in_a_row: int = 0
     scaler: torch.amp.GradScaler | None = None
 
     def note_validation(self, ap: float | None) -> bool:
@@ -74,6 +76,7 @@ class TrainingState:
                 "step": self.step,
                 "best_ap": self.best_ap,
                 "num_stale": self.num_stale,
+                "num_skipped_in_a_row": self.num_skipped_in_a_row,
                 "scaler": self.scaler.state_dict() if self.scaler else None,
             },
             buffer,
@@ -116,6 +119,8 @@ class TrainingState:
         self.step = int(values["step"])
         self.best_ap = values["best_ap"]
         self.num_stale = int(values["num_stale"])
+        # Files that were written before a run was counted across checkpoints lack it.
+        self.num_skipped_in_a_row = int(values.get("num_skipped_in_a_row", 0))
 
     def _refuse_other_parts(self, values: Mapping[str, Any], source: str) -> None:
         """Both have averaged weights or neither, and likewise a scale of the loss."""

@@ -6,18 +6,24 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
+import pyarrow.fs
 import pytest
+import ray.train
 import torch
 
 from retinaray.assembly.training import make_card, make_state, read_inputs
 from retinaray.config.schema import TrainJob
+from retinaray.distributed.checkpoint_keeping import CheckpointKeeper
 from retinaray.distributed.resuming import choose_beginning
 from retinaray.distributed.run_store import RunStore
 from retinaray.errors import CheckpointError, ConfigError, StorageError
 from retinaray.storage import Storage
 from retinaray.training.checkpoint_files import (
+    Files,
     find_checkpoints,
     name_checkpoint,
     parse_step,
@@ -70,9 +76,13 @@ def _choose(root: Path, *known: str) -> Any:
 
 
 @pytest.fixture
-def state(make_train_job: Callable[..., TrainJob], tmp_path: Path) -> TrainingState:
+def job(make_train_job: Callable[..., TrainJob], tmp_path: Path) -> TrainJob:
+    return make_train_job(tmp_path / "model.pth")
+
+
+@pytest.fixture
+def state(job: TrainJob) -> TrainingState:
     """A training with moments, before its first step."""
-    job = make_train_job(tmp_path / "model.pth")
     _, model = make_card(job, read_inputs(job), run_id="run-1")
     made = make_state(job, model)
     for parameter in model.parameters():
@@ -210,6 +220,66 @@ def test_choose_beginning_hands_over_what_ray_has_not_heard_of(tmp_path: Path) -
         "step_00000004",
         "step_00000002",
     ]
+
+
+@pytest.fixture
+def make_keeper(
+    state: TrainingState, job: TrainJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Files], CheckpointKeeper]:
+    """The only worker's keeper, after the first step, whose weights are kept for good.
+
+    What Ray would call in a thread of its own is called at once.
+    """
+    context = MagicMock()
+    context.get_world_rank.return_value = 0
+    place = context.get_storage.return_value
+    place.build_checkpoint_path_from_name = lambda name: str(tmp_path / "ray_train" / name)
+    place.storage_filesystem = pyarrow.fs.LocalFileSystem()
+
+    def report(*_: Any, checkpoint_upload_fn: Callable[..., Any], **options: Any) -> None:
+        checkpoint_upload_fn(options["checkpoint"], options["checkpoint_dir_name"])
+
+    monkeypatch.setattr(ray.train, "get_context", lambda: context)
+    monkeypatch.setattr(ray.train, "report", report)
+    state.step = 1
+    card, _ = make_card(job, read_inputs(job), run_id="run-1")
+
+    def make(files: Files) -> CheckpointKeeper:
+        places = RunStore(str(tmp_path))
+        store: Any = SimpleNamespace(checkpoints=places.checkpoints, kept=places.kept, files=files)
+        return CheckpointKeeper(
+            job=job,
+            num_images=4,
+            card=card,
+            state=state,
+            board=MagicMock(),
+            validator=None,
+            is_trial=False,
+            proof={},
+            metrics=MagicMock(),
+            store=store,
+            run_id="run-1",
+            kept_steps=frozenset({1}),
+            taken=set(),
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("num_writes", range(4))
+def test_keep_leaves_no_whole_checkpoint_without_the_weights_that_are_kept_for_good(
+    make_keeper: Callable[[Files], CheckpointKeeper], tmp_path: Path, num_writes: int
+) -> None:
+    with pytest.raises(StorageError, match="full"):
+        make_keeper(_FailingFiles(num_writes)).keep("planned")
+    # A training that goes on takes the step again, and makes up for what is missing.
+    assert _choose(tmp_path / "ray_train").name is None
+    make_keeper(_FailingFiles(4)).keep("planned")
+    assert _choose(tmp_path / "ray_train").name == "step_00000001"
+    (kept,) = (tmp_path / "kept").iterdir()
+    assert kept.name == "step_00000001.pth"
+    weights = tmp_path / "ray_train" / "step_00000001" / "weights.pth"
+    assert kept.read_bytes() == weights.read_bytes()
 
 
 def test_name_checkpoint_gives_a_step_that_is_taken_again_another_name(tmp_path: Path) -> None:

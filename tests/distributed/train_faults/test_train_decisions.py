@@ -50,6 +50,39 @@ def test_notice_watch_wants_one_checkpoint_per_order_and_several_while_notice_la
     assert watch.is_stopping
 
 
+def test_notice_watch_wants_a_checkpoint_so_long_after_the_last_one_of_whatever_kind() -> None:
+    now, has_notice = [100.0], [False]
+    watch = NoticeWatch(
+        None, has_notice=lambda: has_notice[0], period_s=300.0, clock=lambda: now[0]
+    )
+    wanted = []
+    for seconds in (399.9, 400.0, 400.5):
+        now[0] = seconds
+        wanted.append(watch.wants_checkpoint())
+    assert wanted == [False, True, True]
+    # The vote takes some steps; the next period begins with the checkpoint.
+    now[0] = 410.0
+    watch.note_checkpoint()
+    now[0] = 709.9
+    assert not watch.wants_checkpoint()
+    # A notice or a validation comes first, and begins a period too.
+    has_notice[0] = True
+    assert watch.wants_checkpoint()
+    watch.note_checkpoint()
+    has_notice[0] = False
+    now[0] = 1009.8
+    assert not watch.wants_checkpoint()
+    now[0] = 1010.0
+    assert watch.wants_checkpoint()
+
+
+def test_notice_watch_wants_nothing_by_the_clock_when_no_period_is_given() -> None:
+    now = [0.0]
+    watch = NoticeWatch(None, has_notice=lambda: False, clock=lambda: now[0])
+    now[0] = 1e9
+    assert not watch.wants_checkpoint()
+
+
 def test_stop_signal_notes_the_first_and_ends_at_the_second(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -96,6 +129,7 @@ def test_train_events_tell_recoveries_and_skipped_images(
     events.handle({"kind": "skipped", "step": 8, "image_ids": [17, "a"]})
     events.handle({"kind": "skipped", "step": 8, "image_ids": [4]})
     events.handle({"kind": "refused", "reason": "step 6 is truncated"})
+    events.handle({"kind": "late", "seconds": 300.4})
     recovery = {
         "kind": "recovery",
         "step": 7,
@@ -115,6 +149,7 @@ def test_train_events_tell_recoveries_and_skipped_images(
         {"step": 8, "image_ids": [4]},
     ]
     assert "the one before it is: step 6 is truncated" in caplog.text
+    assert "no checkpoint within 300 s of asking for one: workers are added" in caplog.text
 
 
 def test_train_events_count_a_change_of_workers_from_the_last_report(tmp_path: Path) -> None:

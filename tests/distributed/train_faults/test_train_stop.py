@@ -103,6 +103,29 @@ def _damage_and_go_on(
 
 
 @pytest.mark.slow
+def test_checkpoints_by_the_clock_change_neither_weights_nor_validations(
+    reference: Tensors,
+    make_long_job: Callable[..., TrainJob],
+    list_complete: Callable[[Path], list[int]],
+    check_same: Callable[[Path, Tensors], None],
+    read_events: ReadEvents,
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "model_run"
+    # One is wanted after the first step, and again after the first step beyond each of them.
+    job = make_long_job(tmp_path / "model.pth", run__checkpoint_minutes=1e-9)
+    outcome = run_training(job)
+    assert outcome.steps == NUM_STEPS
+    first, second = 1 + VOTE_STEPS, 2 * (1 + VOTE_STEPS)
+    # Ray removes all but two and the last.
+    assert set(list_complete(folder)) & {first, second}
+    assert len(read_events(folder, "validation")) == 1
+    progress = [event["step"] for event in read_events(folder, "progress")]
+    assert progress == list(range(1, NUM_STEPS + 1))
+    check_same(folder / "last.pth", reference)
+
+
+@pytest.mark.slow
 def test_a_worker_whose_machine_gets_notice_loses_no_step_before_it(
     reference: Tensors,
     make_long_job: Callable[..., TrainJob],

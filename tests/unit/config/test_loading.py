@@ -199,7 +199,8 @@ def test_load_from_argv_names_all_faults_at_once(
         "run=5 (config file job.yaml, line 9): expected a section with keys of batch, epochs, "
         "iters, workers, accumulate, precision, compile, seed, val_every, patience, log_every, "
         "objective, "
-        "latency_price, strict_anchors, min_workers, storage, keep_every, max_failures, override",
+        "latency_price, strict_anchors, min_workers, storage, keep_every, "
+        "checkpoint_minutes, max_failures, override",
         "lr=0.1 (config file job.yaml, line 6): no such key; nearest: optim.peak_lr (--lr)",
         "modl={a} (config file job.yaml, line 14): no such key; nearest: the section model",
     ]

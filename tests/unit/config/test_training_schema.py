@@ -23,6 +23,7 @@ from retinaray.config.schema import (
         (OptimConfig, {"momentum": 0.8}, r"momentum=0\.8 would not be used by .*=adamw"),
         (OptimConfig, {"optimizer": "sgd", "momentum": 1.0}, "less than 1"),
         (OptimConfig, {"max_skipped_steps": 0}, "greater than or equal to 1"),
+        (TrainRunConfig, {"checkpoint_minutes": 0}, "greater than 0"),
         (TrainRunConfig, {"batch": 8, "workers": 4, "min_workers": 5}, "most run.workers=4, and"),
         (TrainRunConfig, {"batch": 8, "workers": 4, "min_workers": 3}, "=8 a multiple of it"),
         (

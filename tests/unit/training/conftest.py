@@ -125,7 +125,7 @@ def everything() -> Callable[[TrainingState], dict[str, Any]]:
             "optimizer": state.optimizer.state_dict(),
             "average": state.average.values if state.average else None,
             "scaler": state.scaler.state_dict() if state.scaler else None,
-            "rest": [state.step, state.best_ap, state.num_stale],
+            "rest": [state.step, state.best_ap, state.num_stale, state.num_skipped_in_a_row],
         }
         return {
             key: value.clone() if isinstance(value, Tensor) else value

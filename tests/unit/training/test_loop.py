@@ -289,8 +289,11 @@ def test_run_loop_averages_the_weights_after_each_step(
         (0, 0, "finished", [(4, "planned"), (8, "last")]),
         (4, 0, "early", [(4, "planned")]),
         (8, 0, "finished", [(4, "planned"), (8, "last")]),
-        # Asked after step 3: the vote travels with step 4, and is read when step 6 is sent.
-        (0, 3, "stopped", [(4, "planned"), (6, "stop")]),
+        # Asked after step 2: the vote travels with step 3, and would be read when step 5 is sent.
+        (0, 2, "stopped", [(4, "planned")]),
+        (0, 3, "stopped", [(4, "planned")]),
+        # The vote travels with step 5, and is read when step 7 is sent.
+        (0, 4, "stopped", [(4, "planned"), (7, "stop")]),
         # A planned checkpoint is not followed by another of the same step.
         (0, 1, "stopped", [(4, "planned")]),
         (4, 1, "early", [(4, "planned")]),
@@ -364,6 +367,59 @@ def test_run_loop_gives_up_before_the_last_checkpoint_when_the_final_steps_are_s
         run(state, [make_batch([BOX])] * 5, settings)
 
 
+@pytest.mark.parametrize("is_resumed", [False, True], ids=["same process", "from a checkpoint"])
+def test_run_loop_counts_skipped_steps_on_and_reports_them_when_it_is_interrupted(
+    state: TrainingState,
+    make_batch: Callable[..., Batch],
+    make_loop_settings: Callable[..., LoopSettings],
+    scripted_steps: Callable[[list[float]], None],
+    is_resumed: bool,
+) -> None:
+    scripted_steps([1.0, *[float("nan")] * 99])
+    settings = make_loop_settings(checkpoint_steps=(100,), log_every=100, max_skipped_steps=9)
+    reports: list[Progress] = []
+    saved: list[bytes] = []
+
+    def go_on() -> LoopEnd:
+        return run_loop(
+            state,
+            state.model,
+            [make_batch([BOX])] * 99,
+            settings,
+            world_size=1,
+            on_progress=reports.append,
+            on_checkpoint=lambda _: saved.append(state.dump()) is not None,
+            wants_stop=lambda: True,
+        )
+
+    # A vote of step 2 is read when step 4 is sent, and so on.
+    for step in (4, 8):
+        assert go_on() == "stopped"
+        assert (state.step, state.num_skipped_in_a_row) == (step, step - 1)
+        if is_resumed:
+            state.num_skipped_in_a_row = 0
+            state.load(saved[-1], source="training.pth")
+    # The ninth and the tenth: what interrupts the third time finds it before it keeps anything.
+    with pytest.raises(DivergenceError, match="no finite gradient in 9 steps up to step 10 "):
+        go_on()
+    assert [(report.step, report.num_skipped) for report in reports] == [(4, 3), (8, 4), (12, 4)]
+    assert reports[0].skipped_image_ids == ("image-0",) * 3
+    assert len(saved) == 2
+
+
+def test_run_loop_reports_what_is_left_when_a_planned_checkpoint_is_enough(
+    state: TrainingState,
+    make_batch: Callable[..., Batch],
+    make_loop_settings: Callable[..., LoopSettings],
+    scripted_steps: Callable[[list[float]], None],
+) -> None:
+    scripted_steps([1.0, 2.0, float("nan")])
+    settings = make_loop_settings(checkpoint_steps=(3, 9), log_every=2)
+    reports = run(state, [make_batch([BOX])] * 9, settings, on_checkpoint=lambda _: True)
+    assert [(report.step, report.num_skipped) for report in reports] == [(2, 0), (3, 1)]
+    assert state.num_skipped_in_a_row == 1
+
+
 def test_run_loop_goes_on_when_one_of_twenty_steps_was_finite(
     state: TrainingState,
     make_batch: Callable[..., Batch],
@@ -388,9 +444,10 @@ def test_run_loop_leaves_no_trace_of_a_real_step_that_is_skipped(
     run(state, [make_batch([BOX])], make_loop_settings(checkpoint_steps=(1,)))
 
     def gather() -> dict[str, Any]:
-        # The number of the step and its learning rate are no result of it.
+        # Numbers of steps and the learning rate are no result of one.
         parts = everything(state)
-        return {k: v for k, v in parts.items() if k != "/rest/0" and not k.endswith("/lr")}
+        own = ("/rest/0", "/rest/3")
+        return {k: v for k, v in parts.items() if k not in own and not k.endswith("/lr")}
 
     before = gather()
     infinite = make_loop_settings(checkpoint_steps=(3,), loss=LossSettings(box_weight=float("inf")))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -50,6 +52,31 @@ def test_has_diverged_counts_skipped_steps_in_a_row(steps: str, has_diverged: bo
         signals.send(result_of(is_finite=kind == "."), number, ())
         signals.receive(num_behind=0)
     assert signals.has_diverged == has_diverged
+
+
+@pytest.mark.parametrize(
+    ("carried", "steps", "count", "has_diverged"),
+    [
+        (1, "x", 2, False),
+        (1, "xx", 3, True),
+        (2, ".xx", 2, False),
+        # More than are allowed now: the next such step is the one that can be named.
+        (5, "", 5, False),
+        (5, ".", 0, False),
+        (5, "x", 6, True),
+    ],
+)
+def test_has_diverged_counts_on_from_what_was_carried_over(
+    carried: int, steps: str, count: int, has_diverged: bool
+) -> None:
+    signals = StepSignals(max_skipped_steps=3, num_skipped_in_a_row=carried)
+    for number, kind in enumerate(steps, start=1):
+        signals.send(result_of(is_finite=kind == "."), number, (number,))
+    signals.receive(num_behind=0)
+    assert (signals.num_skipped_in_a_row, signals.has_diverged) == (count, has_diverged)
+    if has_diverged:
+        last = f"{count} steps up to step {len(steps)} .*images: {len(steps)}"
+        assert re.search(last, str(signals.describe_divergence()))
 
 
 def test_describe_divergence_names_the_step_and_its_images() -> None:

@@ -48,7 +48,7 @@ def test_load_takes_everything_over(
     is_scaled: bool,
 ) -> None:
     saved = make_state(is_scaled=is_scaled)
-    saved.step, saved.best_ap, saved.num_stale = 7, 0.25, 3
+    saved.step, saved.best_ap, saved.num_stale, saved.num_skipped_in_a_row = 7, 0.25, 3, 4
     if saved.scaler:
         saved.scaler.load_state_dict({**saved.scaler.state_dict(), "scale": 128.0})
     loaded = make_state(is_scaled=is_scaled)
@@ -68,6 +68,19 @@ def test_load_takes_a_file_from_before_losses_were_scaled(make_state: StateFacto
     loaded = make_state()
     loaded.load(stream.getvalue(), source="old.pth")
     assert torch.equal(loaded.model.fpn.p6.weight, saved.model.fpn.p6.weight)
+
+
+def test_load_takes_a_file_from_before_skipped_steps_were_counted_across_checkpoints(
+    make_state: StateFactory,
+) -> None:
+    values = torch.load(io.BytesIO(make_state().dump()), weights_only=True)
+    del values["num_skipped_in_a_row"]
+    stream = io.BytesIO()
+    torch.save(values, stream)
+    loaded = make_state()
+    loaded.num_skipped_in_a_row = 5
+    loaded.load(stream.getvalue(), source="old.pth")
+    assert loaded.num_skipped_in_a_row == 0
 
 
 def test_dump_holds_the_state_at_that_moment(make_state: StateFactory) -> None:
