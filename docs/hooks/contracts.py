@@ -207,12 +207,16 @@ def _list_values(body: ast.FunctionDef) -> Iterator[ast.expr]:
 
 
 def _list_expanded(node: ast.expr, shape: Shape, sources: Sources) -> dict[str, str]:
-    """Keys of `asdict(self)`, `vars(self)`, `self.part.to_dict()` or `self.mapping`; else none."""
+    """Keys of `asdict(self)`, `self.to_dict()`, `self.part.to_dict()`, `self.mapping`, or none."""
     match node:
         case ast.Attribute(value=ast.Name(id="self"), attr=field) if field in _KNOWN_MAPPINGS:
             return dict.fromkeys(_KNOWN_MAPPINGS[field], shape.meanings.get(field, ""))
         case ast.Call(func=ast.Name(id=name), args=[ast.Name(id="self")]) if name in _SERIALIZERS:
             return {field: shape.meanings.get(field, "") for field in shape.fields}
+        case ast.Call(
+            func=ast.Attribute(value=ast.Name(id="self"), attr=("to_dict" | "to_json") as method)
+        ):
+            return list_keys(shape, method, sources)
         case ast.Call(
             func=ast.Attribute(
                 value=ast.Attribute(value=ast.Name(id="self"), attr=field),

@@ -215,14 +215,15 @@ def _print_help(words: Sequence[str], *, is_json: bool) -> int:
 
 
 def _print_completion(shell: str, *, is_json: bool) -> int:
-    """The script that completes commands and options in a shell."""
+    """The script that completes commands and options in a shell, as it is or as a text in JSON."""
     jobs = {name: _import(verb.job) for name, verb in VERBS.items()}
     summaries = {name: verb.help for name, verb in VERBS.items()}
     try:
         text = _import("retinaray.config.completion:format_completion")(shell, jobs, summaries)
     except ConfigError as error:
         return _refuse(error, is_json=is_json)
-    write_to(sys.stdout, text)
+    values = {"shell": shell, "script": text}
+    write_to(sys.stdout, f"{json.dumps(values)}\n" if is_json else text)
     return 0
 
 

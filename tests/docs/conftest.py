@@ -12,6 +12,9 @@ A comment directly before a fenced block directs how its commands are tested:
                               training; `retinanet_rn18fpn.pth`, a checkpoint of ODTK's; `s3`, a
                               server whose bucket `bucket` holds images/; or a file name, for the
                               last block of YAML or Python above
+
+A block of text shows what is read, not typed: a command of `retinaray` in it is a fault, a synopsis
+with words in capitals or `...` is none.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 NEEDS = frozenset({"gpu", "cloud", "jetson", "network", "cluster", "data"})
 PREPARED = frozenset({"model.pth", "model.onnx", "demo_run", "retinanet_rn18fpn.pth", "s3"})
+# Need no Ray, and take seconds.
+SHORT_PAGES = ("docs/explanation/anchors.md", "docs/explanation/thresholds.md")
 _PROGRAMS = frozenset(
     {
         *("aws", "cat", "cd", "cp", "do", "docker", "done", "export", "for", "git", "head"),
@@ -44,6 +49,8 @@ _RUN_BY_SHELL = frozenset(
 _SHELL_NAMES = frozenset({"bash", "shell", "console", "zsh"})
 _DIRECTIVE = re.compile(r"<!--\s*([a-z]+)(?:\s+([a-z-]+))?:\s*(.*?)\s*-->")
 _FENCE = re.compile(r"(\s*)(`{3,})([\w+-]*).*")
+# `AP` is a value, `DIR` stands for one.
+_SYNOPSIS = re.compile(r"\.\.\.|\b[A-Z]{3,}\b")
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 
 
@@ -160,6 +167,8 @@ class _PageReader:
         self._fence = ""
         if self._language in _SHELL_NAMES:
             self._fault(self._block[0][0], f"commands are tagged sh, not {self._language}")
+        if self._language == "text":
+            self._refuse_commands()
         if self._language in ("yaml", "python"):
             self._sources[self._language] = "\n".join(line for _, line in self._block) + "\n"
         commands = list(self._read_commands()) if self._is_shell() else []
@@ -182,6 +191,11 @@ class _PageReader:
                     environment=command.environment,
                 )
             )
+
+    def _refuse_commands(self) -> None:
+        for number, line in self._block:
+            if line.split()[:1] == ["retinaray"] and not _SYNOPSIS.search(line):
+                self._fault(number, "a command that no test reads; tag its block sh")
 
     def _is_shell(self) -> bool:
         first = next((line.split()[0] for _, line in self._block if _is_command(line)), "")
@@ -290,27 +304,44 @@ def _walk_docs() -> Iterator[Path]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`page_name`: one test per page."""
-    if "page_name" in metafunc.fixturenames:
-        metafunc.parametrize("page_name", list_pages())
+    """`page_name`, `short_page_name`, `long_page_name`: one test per page, short page, other."""
+    pages = list_pages()
+    groups = {
+        "page_name": pages,
+        "short_page_name": SHORT_PAGES,
+        "long_page_name": [name for name in pages if name not in SHORT_PAGES],
+    }
+    for name, values in groups.items():
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, values)
 
 
 @pytest.fixture
 def page(page_name: str) -> Page:
     """One page of the documentation."""
-    return read_page((REPOSITORY / page_name).read_text("utf-8"), page_name)
+    return _read_file(page_name)
+
+
+@pytest.fixture
+def short_page(short_page_name: str) -> Page:
+    """A page whose commands take seconds."""
+    return _read_file(short_page_name)
+
+
+@pytest.fixture
+def long_page(long_page_name: str) -> Page:
+    """A page whose commands may take minutes, and Ray."""
+    return _read_file(long_page_name)
+
+
+def _read_file(name: str) -> Page:
+    return read_page((REPOSITORY / name).read_text("utf-8"), name)
 
 
 @pytest.fixture(scope="session")
 def read_text() -> Callable[[str], Page]:
     """Read a page that is no file."""
     return lambda text: read_page(text, "page.md")
-
-
-@pytest.fixture(scope="session")
-def read_file() -> Callable[[str], Page]:
-    """Read a page by its path in the repository."""
-    return lambda name: read_page((REPOSITORY / name).read_text("utf-8"), name)
 
 
 @pytest.fixture(scope="session")

@@ -126,14 +126,17 @@ def test_targets_of_make_are_in_the_makefile(page: Any, repository: Path) -> Non
     assert named <= targets
 
 
-def test_extras_that_pip_installs_are_declared(page: Any, repository: Path) -> None:
+PIP_INSTALL = re.compile(r"\bpip install ([^`&]*)")
+
+
+def test_pip_installs_what_is_on_an_index_or_in_the_checkout(
+    page_name: str, repository: Path
+) -> None:
     pyproject = tomllib.loads((repository / "pyproject.toml").read_text("utf-8"))
+    arguments = " ".join(PIP_INSTALL.findall((repository / page_name).read_text("utf-8")))
+    assert "retinaray" not in arguments, "the package is on no index"
     named = {
-        extra
-        for command in page.commands
-        if command.words[:2] == ("pip", "install")
-        for group in re.findall(r"retinaray\[([\w,]+)\]", " ".join(command.words))
-        for extra in group.split(",")
+        extra for group in re.findall(r"\.\[([\w,]+)\]", arguments) for extra in group.split(",")
     }
     assert named <= set(pyproject["project"]["optional-dependencies"])
 
@@ -165,7 +168,7 @@ def test_read_page_reads_words_as_a_shell_does(read_text: Callable[[str], Any]) 
         "<!-- test: --iters 2 run.seed=1 -->\n<!-- expect: exit 1 -->\n"
         "```sh\n# a comment\nretinaray train 'my model.pth' \\\n    --classes 3  # three\n"
         "A=1 retinaray doctor --annotations a.json > found.json && ls\n```\n"
-        "```text\nretinaray is shown here\n```\n```\ncost = price * hours\n```\n"
+        "```text\nretinaray train ... --lr 1\n```\n```\ncost = price * hours\n```\n"
     )
     assert page.faults == []
     train, doctor, listing = page.commands
@@ -214,6 +217,20 @@ def test_read_page_appends_arguments_to_one_verb_only(read_text: Callable[[str],
     assert [command.extra for command in commands][1] == ("--gallery", "1")
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "retinaray convert SOURCE [--images DIR]",
+        "retinaray train ... --lr 1",
+        "versions: retinaray 1",
+        "see: retinaray train --help",
+    ],
+)
+def test_read_page_lets_text_show_a_synopsis(read_text: Callable[[str], Any], line: str) -> None:
+    page = read_text(f"```text\n{line}\n```\n")
+    assert (page.faults, page.commands) == ([], [])
+
+
 def test_read_page_takes_the_block_above_for_a_file(read_text: Callable[[str], Any]) -> None:
     text = (
         "```yaml\na: 1\n```\n<!-- setup: s.yaml -->\n```sh\nretinaray tune --config s.yaml\n```\n"
@@ -237,6 +254,10 @@ def test_read_page_takes_the_block_above_for_a_file(read_text: Callable[[str], A
         ("```bash\nls\n```", "page.md:2: commands are tagged sh, not bash"),
         ("```sh\nfrobnicate now\n```", "page.md:2: frobnicate: a program that no page has used"),
         ("```sh\nls 'a\n```", "page.md:2: no shell reads this"),
+        (
+            "```text\nAP 0.5\nretinaray train a.pth --objective AP\n```",
+            "page.md:3: a command that no test reads; tag its block sh",
+        ),
     ],
 )
 def test_read_page_names_what_is_wrong(

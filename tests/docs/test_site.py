@@ -233,6 +233,13 @@ def test_reference_says_something_of_every_key(site: Path) -> None:
     assert [key for key, meaning in rows if not meaning.strip()] == []
 
 
+def test_reference_follows_an_outcome_to_what_it_is_made_of(
+    list_keys: Callable[[str], set[str]],
+) -> None:
+    assert {"passed", "rows", "job", "report"} <= list_keys("parity")
+    assert {"AP", "classes", "job"} <= list_keys("evaluate")
+
+
 def test_pages_fetch_nothing_from_a_network(site: Path) -> None:
     pages = list(site.rglob("*.html"))
     assert len(pages) > 40

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import io
 import json
 import re
-from collections.abc import Callable
+import statistics
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +19,26 @@ from PIL import Image
 
 from retinaray.cli import main
 
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+ALLOWED = ("file:", "data:")
 NUM_IMAGES = 60
+# What a reader of a page with many images waits at most.
+MOST_MS = 2000
 # A name that would run if it were taken for HTML.
 NASTY = "<img src=x onerror=alert(1)>"
 
 
 @pytest.fixture(scope="module")
-def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixty images of 96 x 64 pixels, each with a hit at 0.9 and a false detection at 0.4.
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty images of 96 x 64 pixels, each with two objects; image 0 has one. truth.json.
 
-    Every image also has an object that nobody found; image 0 has nothing else.
+    In found.json each has a hit at 0.9, a false detection at 0.4, and an object that nobody found,
+    the only one of image 0; in other.json every object is hit at 0.7.
     """
     folder = tmp_path_factory.mktemp("report")
     stream = io.BytesIO()
     Image.fromarray(np.full((64, 96, 3), 90, np.uint8)).save(stream, "JPEG")
-    images, annotations, results = [], [], []
+    images, annotations, results, others = [], [], [], []
     for number in range(NUM_IMAGES):
         name = f"{number:02d}.jpg"
         (folder / name).write_bytes(stream.getvalue())
@@ -39,10 +48,11 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"id": len(annotations) + place, "image_id": number, "category_id": 1, "bbox": box}
             for place, box in enumerate(boxes, start=1)
         ]
+        found = {"image_id": number, "category_id": 1}
         if number:
-            found = {"image_id": number, "category_id": 1}
             results.append(found | {"bbox": boxes[0], "score": 0.9})
             results.append(found | {"bbox": [30, 40, 10, 10], "score": 0.4})
+        others += [found | {"bbox": box, "score": 0.7} for box in boxes]
     for entry in annotations:
         entry |= {"area": 400, "iscrowd": 0}
     content = {
@@ -52,10 +62,35 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (folder / "truth.json").write_text(json.dumps(content))
     (folder / "found.json").write_text(json.dumps(results))
-    argv = [str(folder / "found.json"), "--annotations", str(folder / "truth.json")]
-    argv += ["--images", str(folder), "--output", str(folder / "page.html"), "--gallery", "60"]
-    assert main(["report", *argv, "--quiet"]) == 0
+    (folder / "other.json").write_text(json.dumps(others))
+    return folder
+
+
+def run_command(*argv: object) -> str:
+    """Run a command that ends well; gives its JSON line."""
+    stream = io.StringIO()
+    with contextlib.redirect_stdout(stream):
+        assert main([*map(str, argv), "--quiet"]) == 0
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def page_file(folder: Path) -> Path:
+    """The page of found.json, with all images."""
+    truth = ("--annotations", folder / "truth.json", "--images", folder, "--gallery", NUM_IMAGES)
+    run_command("report", folder / "found.json", *truth, "--output", folder / "page.html")
     return folder / "page.html"
+
+
+@pytest.fixture(scope="module")
+def compared_file(folder: Path) -> Path:
+    """The page of found.json, of other.json, and of what `evaluate` says of the first."""
+    truth = ("--annotations", folder / "truth.json", "--images", folder)
+    (folder / "scores.json").write_text(run_command("evaluate", folder / "found.json", *truth))
+    truth = (*truth, "--gallery", NUM_IMAGES)
+    runs = [folder / f"{name}.json" for name in ("found", "other", "scores")]
+    run_command("report", *runs, *truth, "--output", folder / "compared.html")
+    return folder / "compared.html"
 
 
 @pytest.fixture
@@ -64,10 +99,19 @@ def open_page(watch_page: Callable[..., Any], page_file: Path) -> Callable[..., 
 
     def open_in(*, width: int = 1280, color_scheme: str = "light") -> Any:
         viewport = {"width": width, "height": 800}
-        allowed = ("file:", "data:")
-        return watch_page(page_file.as_uri(), allowed, viewport=viewport, color_scheme=color_scheme)
+        return watch_page(page_file.as_uri(), ALLOWED, viewport=viewport, color_scheme=color_scheme)
 
     return open_in
+
+
+@pytest.fixture
+def make_large_page(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path, int], Path]]:
+    """The page that the benchmark makes: make_large_page(folder, images)."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    make: Callable[[Path, int], Path] = importlib.import_module("report_page").make_page
+    yield make
+    for name in ("report_page", "run"):
+        sys.modules.pop(name)
 
 
 @pytest.mark.parametrize("color_scheme", ["light", "dark"])
@@ -196,3 +240,67 @@ def test_page_names_what_can_be_operated(open_page: Callable[..., Any]) -> None:
     )
     assert nameless == []
     assert page.evaluate("document.querySelectorAll('img:not([alt])').length") == 0
+
+
+def test_page_shows_the_boxes_of_the_run_that_is_chosen(
+    watch_page: Callable[..., Any], compared_file: Path
+) -> None:
+    page = watch_page(compared_file.as_uri(), ALLOWED, viewport={"width": 1280, "height": 800})
+    page.locator("#threshold").fill("0.5")
+    run = page.locator("#run")
+    assert run.locator("option").all_inner_texts() == ["found.json", "other.json", "scores.json"]
+    card = page.locator(".card", has_text="01.jpg")
+    card.scroll_into_view_if_needed()
+    rects = card.locator("rect:not(.halo)")
+    for name, text, kinds in (
+        ("found.json", "1 hit, 0 false, 1 missed", ["missed", "hit"]),
+        ("other.json", "2 hit, 0 false, 0 missed", ["hit", "hit"]),
+        ("scores.json", "1 hit, 0 false, 1 missed", ["missed", "hit"]),
+    ):
+        run.select_option(label=name)
+        card.locator(".counts", has_text=text).wait_for()
+        rects.nth(1).wait_for()
+        assert [rects.nth(n).get_attribute("class") for n in range(rects.count())] == kinds
+        card.click()
+        assert page.locator("#viewer-note").inner_text().endswith(f"boxes of {name}")
+        assert page.locator("#viewer rect.hit").count() == kinds.count("hit")
+        page.keyboard.press("Escape")
+
+
+def test_page_copies_a_command(watch_page: Callable[..., Any], compared_file: Path) -> None:
+    page = watch_page(
+        compared_file.as_uri(), ALLOWED, permissions=["clipboard-read", "clipboard-write"]
+    )
+    # Detections alone do not say how they came about.
+    assert page.locator(".copy").count() == 1
+    button, text = page.locator(".copy"), page.locator(".command pre").inner_text()
+    assert text.startswith("retinaray evaluate ")
+    button.click()
+    page.locator(".copy", has_text="Copied").wait_for()
+    assert page.evaluate("navigator.clipboard.readText()") == text
+
+
+def test_page_selects_a_command_when_it_may_not_copy(
+    watch_page: Callable[..., Any], compared_file: Path
+) -> None:
+    page = watch_page(compared_file.as_uri(), ALLOWED)
+    page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(Error('no')); }")
+    page.locator(".copy").click()
+    page.locator(".copy", has_text="Selected").wait_for()
+    selected = page.evaluate("getSelection().toString()")
+    assert selected.strip() == page.locator(".command pre").inner_text().strip()
+
+
+@pytest.mark.slow
+def test_page_of_many_images_loads_before_a_reader_waits(
+    watch_page: Callable[..., Any], make_large_page: Callable[[Path, int], Path], tmp_path: Path
+) -> None:
+    address = make_large_page(tmp_path, 500).as_uri()
+    times_ms = []
+    for _ in range(5):
+        page = watch_page(address, ALLOWED, viewport={"width": 1280, "height": 800})
+        times_ms.append(page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd"))
+        assert page.locator(".card").count() == 500
+        page.close()
+    assert min(times_ms) > 0
+    assert statistics.median(times_ms) < MOST_MS, times_ms

@@ -444,6 +444,20 @@ def test_main_prints_the_completion_of_a_shell(
     assert "import-odtk" in text
 
 
+@pytest.mark.parametrize(
+    "argv", [["completion", "bash", "--json"], ["--json", "completion", "bash"]]
+)
+def test_main_prints_the_completion_as_json_when_asked(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    assert cli.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1
+    assert json.loads(printed) == {"shell": "bash", "script": script}
+
+
 def test_main_refuses_the_completion_of_an_unknown_shell(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -114,6 +114,40 @@ def make_sweep(folder: Path, image_set: Any, weights: bytes) -> Path:
     return folder
 
 
+def make_inference(folder: Path, image_set: Any, weights: bytes) -> Path:
+    """A batch inference's folder, as `infer` leaves it: the first box, found at 0.9 and at 0.2."""
+    (folder / "parts").mkdir(parents=True)
+    model = folder.with_name("m.pth")
+    model.write_bytes(weights)
+    settings = {
+        "model": str(model),
+        "images": str(image_set.folder),
+        "annotations": str(image_set.annotations),
+        "output": str(folder),
+    }
+    rows = [
+        {"image_id": image["id"], "uri": str(image_set.folder / image["file_name"])}
+        | {"height": image["height"], "width": image["width"], "detections": []}
+        for image in image_set.coco["images"]
+    ]
+    first = image_set.coco["annotations"][0]
+    for score in (0.9, 0.2):
+        found = {"category_id": first["category_id"], "bbox": first["bbox"], "score": score}
+        rows[0]["detections"].append(found)
+    lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+    (folder / "parts" / "part-000000000.jsonl").write_text(lines)
+    record = {
+        "run_id": "r1",
+        "job": to_dict(load_from_dict(InferJob, settings)),
+        "num_parts": 1,
+        "categories": image_set.coco["categories"],
+        "has_integer_ids": True,
+        "totals": {"num_parts": 1, "num_images": 6, "num_errors": 0, "num_detections": 2},
+    }
+    (folder / "run.json").write_text(json.dumps(record))
+    return folder
+
+
 def test_run_report_shows_images_with_boxes_when_there_are_detections(
     write_report: RunReport, detections: Path, image_set: Any
 ) -> None:
@@ -225,37 +259,7 @@ def test_run_report_tells_of_an_inference_that_has_not_ended(
 def test_run_report_analyses_an_inference_with_its_own_images(
     write_report: RunReport, tmp_path: Path, image_set: Any, tiny_weights: bytes
 ) -> None:
-    folder = tmp_path / "run"
-    (folder / "parts").mkdir(parents=True)
-    (tmp_path / "m.pth").write_bytes(tiny_weights)
-    settings = {
-        "model": str(tmp_path / "m.pth"),
-        "images": str(image_set.folder),
-        "annotations": str(image_set.annotations),
-        "output": str(folder),
-    }
-    rows = [
-        {"image_id": image["id"], "uri": str(image_set.folder / image["file_name"])}
-        | {"height": image["height"], "width": image["width"], "detections": []}
-        for image in image_set.coco["images"]
-    ]
-    first = image_set.coco["annotations"][0]
-    for score in (0.9, 0.2):
-        found = {"category_id": first["category_id"], "bbox": first["bbox"], "score": score}
-        rows[0]["detections"].append(found)
-    lines = "".join(f"{json.dumps(row)}\n" for row in rows)
-    (folder / "parts" / "part-000000000.jsonl").write_text(lines)
-    totals = {"num_parts": 1, "num_images": 6, "num_errors": 0, "num_detections": 2}
-    record = {
-        "run_id": "r1",
-        "job": to_dict(load_from_dict(InferJob, settings)),
-        "num_parts": 1,
-        "categories": image_set.coco["categories"],
-        "has_integer_ids": True,
-        "totals": totals,
-    }
-    (folder / "run.json").write_text(json.dumps(record))
-    outcome, page = write_report(folder)
+    outcome, page = write_report(make_inference(tmp_path / "run", image_set, tiny_weights))
     assert (outcome.num_pictures, outcome.left_out) == (6, ())
     # The card's thresholds are 0.3: of the two detections one counts.
     assert "with the thresholds stored in the model" in page
@@ -297,7 +301,7 @@ def test_run_report_tells_of_files_of_evaluate_and_parity(
     assert write_report(path)[0].runs == {"numbers.json": kind}
 
 
-@pytest.mark.parametrize("kind", ["training", "compared", "sweep", "parity"])
+@pytest.mark.parametrize("kind", ["training", "compared", "sweep", "infer", "parity"])
 def test_pages_of_all_runs_open_without_a_complaint(
     write_report: RunReport,
     watch_page: Callable[..., Any],
@@ -315,6 +319,8 @@ def test_pages_of_all_runs_open_without_a_complaint(
         write_report(*runs, detections, *truth)
     elif kind == "sweep":
         write_report(make_sweep(tmp_path / "sweep", image_set, tiny_weights))
+    elif kind == "infer":
+        write_report(make_inference(tmp_path / "run", image_set, tiny_weights))
     else:
         path = tmp_path / "numbers.json"
         path.write_text(json.dumps(PARITY))

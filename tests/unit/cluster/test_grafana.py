@@ -42,6 +42,15 @@ def expressions(dashboard: dict[str, Any]) -> list[str]:
     return [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/how_to/watch_a_run.md"])
+def test_pages_say_how_many_panels_there_are(
+    dashboard: dict[str, Any], repository: Path, page: str
+) -> None:
+    text = (repository / page).read_text("utf-8")
+    said = re.findall(r"retinaray\.json.*?(\w+) panels", text)
+    assert said == [str(len(dashboard["panels"]))]
+
+
 def test_queries_name_every_metric_and_no_other(expressions: list[str]) -> None:
     found = {name for text in expressions for name in re.findall(r"retinaray_\w+", text)}
     assert found == METRICS

@@ -1,4 +1,4 @@
-"""Charts of a report: drawn by matplotlib as SVG, coloured by the page.
+"""Charts of a report: drawn by matplotlib as SVG, small ones by hand; coloured by the page.
 
 Each colour is drawn as a stand-in and replaced by a variable of the page's style, so that light and
 dark need no second picture. Texts stay texts, in the page's font.
@@ -19,6 +19,10 @@ from jaxtyping import Float
 MAX_SERIES = 8
 _WIDTH_IN, _HEIGHT_IN = 4.3, 2.8
 _MAX_POINTS = 400
+# A small chart is as wide as a third of a chart, and there may be hundreds.
+_MAX_SMALL_POINTS = 60
+_SMALL_WIDTH, _SMALL_HEIGHT = 150, 100
+_SMALL_DASHES = ("none", "6 3", "2 2", "7 3 2 3")
 _DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 # Stand-ins that matplotlib writes as they are; no chart uses these colours for anything else.
 _TEXT, _SOFT, _GRID, _PAGE = "#010101", "#010102", "#010103", "#010104"
@@ -124,6 +128,45 @@ def draw_chart(lines: Sequence[Line], axes: Axes, *, label: str, marks: Sequence
     return _adapt_svg(stream.getvalue(), label)
 
 
+def draw_small_chart(lines: Sequence[Line], *, label: str, marks: Sequence[Mark] = ()) -> str:
+    """Draw shares against shares, both axes from 0 to 1 without numbers: a tenth of a chart's size.
+
+    Args:
+        lines: Their positions and values are finite; markers, steps and areas are not drawn.
+        label: What is seen, for those who do not see it.
+        marks: Points over the lines.
+
+    Returns:
+        An svg element without ids, as wide as its place.
+    """
+    middle_x, middle_y = _SMALL_WIDTH / 2, _SMALL_HEIGHT / 2
+    shapes = [
+        f'<path d="M0 0V{_SMALL_HEIGHT}H{_SMALL_WIDTH}" style="stroke:var(--soft)"/>',
+        f'<path d="M{middle_x:g} 0V{_SMALL_HEIGHT}M0 {middle_y:g}H{_SMALL_WIDTH}" '
+        'style="stroke:var(--line)"/>',
+    ]
+    for line in lines:
+        thin = _thin_out(line, _MAX_SMALL_POINTS)
+        points = " ".join(_place_small(x, y) for x, y in zip(thin.x, thin.y, strict=True))
+        # The last point twice: a line of one point would not be seen.
+        path = f'points="{points} {points.rpartition(" ")[2]}" stroke-linecap="round"'
+        dash = f'stroke-dasharray="{_SMALL_DASHES[line.dash % len(_SMALL_DASHES)]}"'
+        style = f"stroke:var(--series-{line.series % MAX_SERIES});stroke-width:1.8"
+        shapes.append(f'<polyline {path} {dash} style="{style}"/>' if points else "")
+    for mark in marks:
+        x, _, y = _place_small(mark.x, mark.y).partition(",")
+        fill = f"fill:var(--series-{mark.series % MAX_SERIES})"
+        shapes.append(f'<circle cx="{x}" cy="{y}" r="3.5" style="{fill};stroke:var(--text)"/>')
+    return (
+        f'<svg class="chart" viewBox="-4 -4 {_SMALL_WIDTH + 8} {_SMALL_HEIGHT + 8}" role="img" '
+        f'fill="none" aria-label="{escape(label)}">{"".join(shapes)}</svg>'
+    )
+
+
+def _place_small(x: float, y: float) -> str:
+    return f"{x * _SMALL_WIDTH:.1f},{(1 - y) * _SMALL_HEIGHT:.1f}"
+
+
 def _prepare_axes(panel: Any, axes: Axes) -> None:
     panel.set_xlabel(axes.x_label, color=_TEXT)
     panel.set_ylabel(axes.y_label, color=_TEXT)
@@ -139,7 +182,7 @@ def _prepare_axes(panel: Any, axes: Axes) -> None:
 
 
 def _draw_line(panel: Any, line: Line) -> None:
-    thin = _thin_out(line)
+    thin = _thin_out(line, _MAX_POINTS)
     colour = _SERIES[thin.series % MAX_SERIES]
     dash = _DASHES[thin.dash % len(_DASHES)]
     style = {"color": colour, "linewidth": 1.6, "linestyle": dash}
@@ -181,11 +224,11 @@ def _limit_axes(panel: Any, axes: Axes) -> None:
         panel.set_ylim(low, high)
 
 
-def _thin_out(line: Line) -> Line:
+def _thin_out(line: Line, most: int) -> Line:
     """At most so many points as can be told apart; the first and the last stay."""
     x, y = np.asarray(line.x, dtype=np.float64), np.asarray(line.y, dtype=np.float64)
-    if len(x) > _MAX_POINTS:
-        kept = np.unique(np.linspace(0, len(x) - 1, _MAX_POINTS).round().astype(np.int64))
+    if len(x) > most:
+        kept = np.unique(np.linspace(0, len(x) - 1, most).round().astype(np.int64))
         x, y = x[kept], y[kept]
     return replace(line, x=x, y=y)
 

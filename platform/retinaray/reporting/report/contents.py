@@ -136,3 +136,14 @@ class ReportedRun:
     analysis: DetectionAnalysis | None = None
     coverage: AnchorCoverage | None = None
     gaps: tuple[str, ...] = ()
+
+
+Numbered = Sequence[tuple[int, ReportedRun]]
+"""Runs with their numbers, which say their colours."""
+Analysed = Sequence[tuple[int, ReportedRun, DetectionAnalysis]]
+"""Those of them that have detections."""
+
+
+def list_analysed(runs: Numbered) -> Analysed:
+    """The runs with detections, with their analyses."""
+    return [(number, run, run.analysis) for number, run in runs if run.analysis is not None]

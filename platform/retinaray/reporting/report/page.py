@@ -15,11 +15,11 @@ from retinaray.reporting.report.markup import (
     make_table,
     show_number,
 )
+from retinaray.reporting.report.sections_curves import render_curves
 from retinaray.reporting.report.sections_detection import (
     render_calibration,
     render_classes,
     render_confusion,
-    render_curves,
     render_errors,
     render_sizes,
 )

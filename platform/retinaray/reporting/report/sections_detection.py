@@ -1,8 +1,8 @@
-"""Sections about what a detector finds: scores, curves, sizes, confusion, calibration, errors."""
+"""Sections about what a detector finds: scores, sizes, confusion, calibration, errors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 
 import numpy as np
@@ -12,8 +12,13 @@ from retinaray.evaluation.confusion import ConfusionMatrix
 from retinaray.evaluation.error_taxonomy import ERROR_KINDS, SPECIAL_KINDS, ErrorReport
 from retinaray.evaluation.operating_points import OperatingPoint
 from retinaray.evaluation.size_bins import SizeBin
-from retinaray.reporting.report.charts import Axes, Line, Mark, draw_chart
-from retinaray.reporting.report.contents import DetectionAnalysis, ReportedRun
+from retinaray.reporting.report.charts import Axes, Line, draw_chart
+from retinaray.reporting.report.contents import (
+    Analysed,
+    DetectionAnalysis,
+    Numbered,
+    list_analysed,
+)
 from retinaray.reporting.report.markup import (
     Section,
     legend_of_runs,
@@ -27,9 +32,6 @@ from retinaray.reporting.report.markup import (
     show_share,
 )
 
-Numbered = Sequence[tuple[int, ReportedRun]]
-Analysed = Sequence[tuple[int, ReportedRun, DetectionAnalysis]]
-_MAX_PANELS = 12
 _MAX_MATRIX = 25
 _ERROR_NAMES: Mapping[str, str] = {
     "classification": "wrong class",
@@ -43,14 +45,10 @@ _ERROR_NAMES: Mapping[str, str] = {
 }
 
 
-def _analysed(runs: Numbered) -> Analysed:
-    return [(number, run, run.analysis) for number, run in runs if run.analysis is not None]
-
-
 def render_classes(runs: Numbered) -> Section:
     """AP and operating point of each class."""
     body = ""
-    for _, run, analysis in _analysed(runs):
+    for _, run, analysis in list_analysed(runs):
         head = ["class", "objects", "AP", "AP50", "small", "medium", "large", "recall at 100"]
         head += ["threshold", "precision", "recall", "F1"]
         points = {point.category_id: point for point in analysis.points}
@@ -86,58 +84,9 @@ def _describe_point(point: OperatingPoint | None) -> list[str]:
     return [f"{point.threshold:.3g}", *map(show_number, values)]
 
 
-def render_curves(runs: Numbered) -> Section:
-    """Precision against recall of each class, with the operating points of all runs."""
-    analysed = _analysed(runs)
-    names = {
-        curve.name: None
-        for _, _, analysis in analysed
-        for curve in analysis.curves
-        if curve.num_ground_truth
-    }
-    figures = [_draw_class(analysed, name) for name in list(names)[:_MAX_PANELS]]
-    body = ""
-    if figures:
-        sources = " ".join(
-            f"{escape(run.name)}: {escape(analysis.points_source)}."
-            for _, run, analysis in analysed
-        )
-        body = (
-            f"<p>At IoU 0.5. The dot is the operating point. {sources}</p>"
-            f"{legend_of_runs([(number, run) for number, run, _ in analysed])}{make_grid(figures)}"
-        )
-        if len(names) > _MAX_PANELS:
-            body += f"<p>{len(names) - _MAX_PANELS} more classes are in the table of classes.</p>"
-    return Section("curves", "Precision against recall, and the chosen thresholds", body)
-
-
-def _draw_class(analysed: Analysed, name: str) -> str:
-    lines, marks, notes = [], [], []
-    for number, run, analysis in analysed:
-        for curve, point in zip(analysis.curves, analysis.points, strict=True):
-            if curve.name != name or not curve.num_ground_truth:
-                continue
-            lines.append(Line(curve.recall, curve.precision, number, number))
-            if point.recall is None or point.precision is None:
-                continue
-            marks.append(Mark(point.recall, point.precision, number))
-            prefix = f"{run.name}: " if len(analysed) > 1 else ""
-            notes.append(
-                f"{prefix}score > {point.threshold:.3g}: precision {point.precision:.3f}, recall "
-                f"{point.recall:.3f}"
-            )
-    chart = draw_chart(
-        lines,
-        Axes("recall", "precision", (0, 1.01), (0, 1.02)),
-        label=f"Precision against recall of {name}. {'; '.join(notes)}",
-        marks=marks,
-    )
-    return make_figure(escape(name), chart, escape("; ".join(notes)))
-
-
 def render_sizes(runs: Numbered) -> Section:
     """AP by COCO's sizes, and recall over finer ones."""
-    analysed = _analysed(runs)
+    analysed = list_analysed(runs)
     figures = []
     for number, run, analysis in analysed:
         bars = _list_size_bars(analysis.scores)
@@ -216,7 +165,7 @@ def render_confusion(runs: Numbered) -> Section:
             _draw_matrix(analysis.confusion, run.name),
             "rows: what is there; columns: what was said; shade: share of the row",
         )
-        for _, run, analysis in _analysed(runs)
+        for _, run, analysis in list_analysed(runs)
     ]
     body = ""
     if figures:
@@ -267,7 +216,7 @@ def _draw_matrix(matrix: ConfusionMatrix, name: str) -> str:
 
 def render_calibration(runs: Numbered) -> Section:
     """Scores of hits and false detections, and whether a score says how likely a hit is."""
-    analysed = _analysed(runs)
+    analysed = list_analysed(runs)
     figures = []
     highest = max(
         (
@@ -337,7 +286,7 @@ def _draw_reliability(name: str, analysis: DetectionAnalysis) -> str:
 
 def render_errors(runs: Numbered) -> Section:
     """TIDE's kinds of errors: what each costs, and how many there are."""
-    analysed = _analysed(runs)
+    analysed = list_analysed(runs)
     if not analysed:
         return Section("errors", "Errors: what costs AP", "")
     costs = [

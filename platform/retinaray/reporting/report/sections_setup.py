@@ -108,8 +108,8 @@ def render_setup(runs: Numbered) -> Section:
             )
         if not run.settings and run.kind == "evaluate":
             content += (
-                "<p>Detections do not hold how they were made; what <code>retinaray evaluate</code> "
-                "prints does.</p>"
+                "<p>Detections do not hold how they were made; what "
+                "<code>retinaray evaluate</code> prints does.</p>"
             )
         if run.settings:
             content += make_details(

@@ -9,7 +9,7 @@ from typing import Any
 
 from retinaray.reporting.curves import smooth
 from retinaray.reporting.report.charts import Axes, Line, draw_chart
-from retinaray.reporting.report.contents import ReportedRun
+from retinaray.reporting.report.contents import Numbered, ReportedRun
 from retinaray.reporting.report.markup import (
     Section,
     legend_of_runs,
@@ -25,7 +25,6 @@ from retinaray.reporting.report.markup import (
     show_share,
 )
 
-Numbered = Sequence[tuple[int, ReportedRun]]
 _LOSSES = (("class_loss", "Class loss"), ("box_loss", "Box loss"))
 _SCORES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 _STAGES = {

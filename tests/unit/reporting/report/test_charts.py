@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from retinaray.reporting.report.charts import Axes, Line, Mark, draw_chart
+from retinaray.reporting.report.charts import Axes, Line, Mark, draw_chart, draw_small_chart
 
 AXES = Axes("epoch", "loss (per box)", y_range=(0, None))
 
@@ -71,3 +71,29 @@ def test_draw_chart_marks_a_line_of_one_point() -> None:
     alone = draw_chart([Line([1], [2.0])], AXES, label="one")
     assert alone.count("var(--series-0)") > draw_chart([], AXES, label="one").count("--series-0")
     assert '<use xlink:href="#' in alone
+
+
+def test_draw_small_chart_puts_shares_where_they_belong(read_page: Callable[[str], Any]) -> None:
+    # 150 wide, 100 high, and upwards is down in SVG.
+    lines = [Line([0, 0.5, 1], [1, 0.75, 0], series=1, dash=1), Line([0.2], [0.4], series=2)]
+    text = draw_small_chart(lines, label='of "a"', marks=[Mark(0.5, 0.75, 1)])
+    assert re.findall(r'points="([^"]*)"', text) == [
+        "0.0,0.0 75.0,25.0 150.0,100.0 150.0,100.0",
+        "30.0,60.0 30.0,60.0",
+    ]
+    assert '<circle cx="75.0" cy="25.0"' in text
+    assert re.findall(r'dasharray="([^"]*)"', text) == ["6 3", "none"]
+    assert 'role="img" fill="none" aria-label="of &quot;a&quot;"' in text
+    assert re.findall(r"#[0-9a-fA-F]{3,6}\b", text) == []
+    assert set(re.findall(r"var\((--series-\d)\)", text)) == {"--series-1", "--series-2"}
+    assert read_page(text).names.count("svg") == 1
+
+
+def test_draw_small_chart_stays_small_when_lines_are_long() -> None:
+    long = Line([x / 5000 for x in range(5001)], [(x % 7) / 7 for x in range(5001)])
+    text = draw_small_chart([long, Line([], [])], label="long")
+    (points,) = re.findall(r'points="([^"]*)"', text)
+    assert len(points.split()) == 61
+    assert points.startswith("0.0,")
+    assert points.endswith(" 150.0,71.4 150.0,71.4")
+    assert len(text) < 1500

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,11 @@ from retinaray.reporting.report.contents import (
     SweepContent,
 )
 from retinaray.reporting.report.markup import make_bars, show_number, show_share
+from retinaray.reporting.report.sections_curves import render_curves
 from retinaray.reporting.report.sections_detection import (
     render_calibration,
     render_classes,
     render_confusion,
-    render_curves,
     render_errors,
     render_sizes,
 )
@@ -70,6 +71,44 @@ def test_render_curves_draws_a_panel_per_class_with_its_point(
     assert found.names.count("figure") == 2
     assert "first: score > 0.75: precision 1.000, recall 0.500" in found.text
     assert "second: score > 0.75" in found.text
+
+
+def test_render_curves_draws_the_worst_classes_at_large_and_folds_the_others(
+    make_run: MakeRun, read_page: ReadPage
+) -> None:
+    def make(name: str, scores: list[float | None]) -> ReportedRun:
+        analysis = make_run(name).analysis
+        assert analysis is not None
+        row, curve, point = analysis.scores.classes[0], analysis.curves[0], analysis.points[0]
+        names = [f"class {place:02d}" for place in range(len(scores))]
+        classes = [
+            replace(row, name=title, AP=score) for title, score in zip(names, scores, strict=True)
+        ]
+        changed = replace(
+            analysis,
+            scores=replace(analysis.scores, classes=tuple(classes)),
+            curves=tuple(replace(curve, name=title) for title in names),
+            points=tuple(replace(point, name=title) for title in names),
+        )
+        return make_run(name, analysis=changed)
+
+    # Class 00 is the best of the first run, 14 that of the second; class 07 lacks an AP.
+    rising = [0.9 - 0.05 * place for place in range(15)]
+    first = make("first", [None if place == 7 else score for place, score in enumerate(rising)])
+    body = render_curves([(0, first)]).body
+    shown, _, folded = body.partition("<details>")
+    captions = re.compile(r"<figcaption>(class \d\d)")
+    order = ["14", "13", "12", "11", "10", "09", "08", "06", "05", "04", "03", "02"]
+    assert captions.findall(shown) == [f"class {number}" for number in order]
+    assert captions.findall(folded) == ["class 01", "class 00", "class 07"]
+    assert "3 more classes" in folded
+    assert folded.count("score &gt; 0.75: precision 1.000, recall 0.500") == 3
+    assert read_page(body).names.count("figure") == 15
+    # There may be hundreds.
+    assert len(folded) / 3 < 0.2 * len(shown) / 12
+    # The lowest AP of any run counts.
+    second = make("second", [0.0, *[0.95] * 14])
+    assert captions.findall(render_curves([(0, first), (1, second)]).body)[0] == "class 00"
 
 
 def test_render_confusion_counts_every_object_once(make_run: MakeRun) -> None:
