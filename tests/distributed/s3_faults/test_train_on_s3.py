@@ -94,13 +94,21 @@ def undisturbed(
 
 @pytest.mark.slow
 def test_fit_workers_keeps_checkpoints_on_s3_when_the_server_refuses_for_a_while_and_is_slow(
-    undisturbed: Tensors, fit_on_s3: Callable[..., Any], pieces_s3: Any
+    undisturbed: Tensors,
+    fit_on_s3: Callable[..., Any],
+    pieces_s3: Any,
+    wait_until: Callable[[Callable[[], object], str], None],
 ) -> None:
     store, events, fit = fit_on_s3("slow", keep_every=2)
     refused: list[str] = []
 
+    def is_overtaken() -> bool:
+        return any(event["kind"] == "progress" and event["step"] > 2 for event in events)
+
     def refuse_some(method: str, path: str, number: int) -> str:
         is_state = method == "PUT" and "/step_00000002/training.pth" in path
+        if is_state:
+            wait_until(is_overtaken, "a step after that whose checkpoint is on its way")
         if is_state and len(refused) < 3:
             refused.append(path)
             return "503"
