@@ -156,12 +156,13 @@ def draw(rows: Sequence[Row], file: Path) -> None:
     latencies = [row.latency_ms for row in rows]
     sizes = [40 * math.sqrt(row.gflops) for row in rows]
     axes.scatter(latencies, [row.ap for row in rows], s=sizes, alpha=0.6, color="tab:blue")
-    for row in rows:
+    # Neighbours have their names above and below.
+    for place, row in enumerate(sorted(rows, key=lambda row: row.latency_ms)):
         axes.annotate(
             f"{row.backbone.removesuffix('FPN')}, {row.fpn_channels} ch\n{row.gflops:.0f} GFLOPs",
             (row.latency_ms, row.ap),
             textcoords="offset points",
-            xytext=(10, -14),
+            xytext=(10, 6 if place % 2 else -24),
             fontsize=9,
         )
     axes.set_xlabel("milliseconds per image (OpenVINO, batch 1)")
