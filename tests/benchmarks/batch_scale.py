@@ -107,7 +107,7 @@ def measure(folder: Path, model: Path, images: Path, count: int) -> dict[str, An
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         while process.poll() is None:
             driver_kib = max(driver_kib, read_rss_kib(process.pid))
-            workers = list_descendants(process.pid, b"MapWorker")
+            workers = list_descendants(process.pid, b"ray::MapWorker")
             worker_kib = max([worker_kib, *map(read_rss_kib, workers)])
             time.sleep(_SAMPLE_EVERY_S)
         log.seek(0)
@@ -135,7 +135,7 @@ def read_rss_kib(pid: int) -> int:
 
 
 def list_descendants(root: int, title: bytes) -> list[int]:
-    """Processes below one whose command line has a part, in the order of their numbers."""
+    """Processes below one whose title begins so, in the order of their numbers."""
     parents: dict[int, int] = {}
     names: dict[int, bytes] = {}
     for entry in Path("/proc").iterdir():
@@ -147,7 +147,7 @@ def list_descendants(root: int, title: bytes) -> list[int]:
         except (FileNotFoundError, ProcessLookupError):
             continue
         parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
-    found = [pid for pid, name in names.items() if title in name]
+    found = [pid for pid, name in names.items() if name.startswith(title)]
     return sorted(pid for pid in found if descends(pid, root, parents))
 
 

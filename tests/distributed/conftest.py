@@ -203,6 +203,18 @@ def kill_worker(find_workers: Callable[[str], list[int]]) -> Callable[[str], int
     return kill
 
 
+@pytest.fixture(scope="session")
+def is_running() -> Callable[[int], bool]:
+    """Whether there is a process of this number that has not ended."""
+    return _is_running
+
+
+def _is_running(pid: int) -> bool:
+    # What has ended and was not waited for yet is in state Z.
+    state = _read_process_file(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
+    return bool(state) and state[0] != "Z"
+
+
 def _descendants(root: int) -> list[int]:
     parents = {}
     for entry in Path("/proc").iterdir():

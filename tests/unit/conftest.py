@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,22 @@ from retinaray.detector.retinanet import RetinaNet
 from retinaray.export.onnx_graph import ExportSettings, export_onnx
 
 TINY_CANVAS = (64, 96)
+
+
+class Intruder:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.fixture(scope="session")
+def make_intruder() -> Callable[[Path], object]:
+    """What makes a folder when it is unpickled: make_intruder(folder)."""
+    return Intruder
 
 
 @dataclass(frozen=True)

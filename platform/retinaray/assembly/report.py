@@ -133,6 +133,5 @@ def _add_gallery(
             logger.warning("%d images could not be read: %s", len(faults), text)
             reasons[located[0][0]] = f"images: {len(faults)} could not be read: {text}"
     return gallery, [
-        replace(run, gaps=(*run.gaps, reasons[run.name])) if run.name in reasons else run
-        for run in runs
+        run.with_gap(reasons[run.name]) if run.name in reasons else run for run in runs
     ]

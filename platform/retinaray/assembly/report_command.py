@@ -37,7 +37,7 @@ def add_settings(
     except ConfigError as error:
         first = str(error).splitlines()[0]
         gap = f"command line: this version of retinaray reads its settings differently: {first}"
-        return replace(run, gaps=(*run.gaps, gap)), None
+        return run.with_gap(gap), None
     return replace(run, command=format_command(job), unusual=list_changed(job)), job
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ def open_run(uri: str, job: ReportJob, storage: Storage) -> OpenedRun:
         StorageError: If it cannot be read.
     """
     if uri.lower().endswith(".json"):
-        return _open_file(uri, job)
+        return _open_file(uri, job, storage)
     if uri.lower().endswith(".pth"):
         uri = f"{uri[:-4]}_run"
     if storage.exists(join_uri(uri, "run.json")):
@@ -104,7 +103,7 @@ def _open_inference(
     else:
         files = RunFiles(uri, storage, make_output(inferred, record))
         return _read_inference(run, inferred, record, files, annotations, job)
-    return OpenedRun(replace(run, gaps=(*run.gaps, gap)))
+    return OpenedRun(run.with_gap(gap))
 
 
 def _read_inference(
@@ -149,7 +148,7 @@ def _read_thresholds(
     return own if asked is None else dict.fromkeys(own, asked)
 
 
-def _open_file(uri: str, job: ReportJob) -> OpenedRun:
+def _open_file(uri: str, job: ReportJob, storage: Storage) -> OpenedRun:
     content = read_json(uri, job.reading)
     name = uri.rsplit("/", 1)[-1]
     if isinstance(content, list):
@@ -160,7 +159,7 @@ def _open_file(uri: str, job: ReportJob) -> OpenedRun:
         run = ReportedRun(name=name, kind="parity", source=uri, facts=facts, parity=content)
         return OpenedRun(_add_making(run, ParityJob, content)[0])
     if isinstance(content, dict) and {"AP", "classes", "model"} <= content.keys():
-        return _open_evaluation(uri, name, content, job)
+        return _open_evaluation(uri, name, content, job, storage)
     raise DatasetError(
         f"{uri}: expected detections (a list of COCO results), what evaluate printed, or what "
         "parity wrote to --output; found other JSON"
@@ -173,33 +172,42 @@ def _add_making(
     if "job" in content:
         return add_settings(run, job_class, content["job"], content.get("versions", {}))
     gap = "settings and command line: the file does not hold them; an older version wrote it"
-    return replace(run, gaps=(*run.gaps, gap)), None
+    return run.with_gap(gap), None
 
 
-def _open_evaluation(uri: str, name: str, content: Mapping[str, Any], job: ReportJob) -> OpenedRun:
+def _open_evaluation(
+    uri: str, name: str, content: Mapping[str, Any], job: ReportJob, storage: Storage
+) -> OpenedRun:
     """What `evaluate` printed, and the detections that it was told to keep."""
     names = {"model": "model", "backend": "runtime", "images_per_s": "images per second"}
     facts = {text: str(content[key]) for key, text in names.items() if content.get(key)}
     run = ReportedRun(name=name, kind="evaluate", source=uri, facts=facts, scores=content)
     run, evaluated = _add_making(run, EvaluateJob, content)
-    model = (evaluated and evaluated.model) or ""
-    found = (evaluated and evaluated.output) or (model if model.endswith(".json") else "")
-    storage = Storage(endpoint_url=job.reading.endpoint_url)
-    truth = job.annotations or (evaluated.annotations if evaluated else "")
-    if evaluated is None or not found or not (storage.exists(found) and storage.exists(truth)):
+    source = None if evaluated is None else _find_detections(evaluated, job, storage)
+    if source is None:
         gap = f"{NEEDS_DETECTIONS}; give the file of `evaluate --output` with --annotations"
-        return OpenedRun(replace(run, gaps=(*run.gaps, gap)))
-    return OpenedRun(
-        run,
-        DetectionSource(
-            results=check_coco_results(read_json(found, job.reading), source=found),
-            truth=read_json(truth, job.reading),
-            truth_name=truth,
-            images_root=job.images or evaluated.images,
-            thresholds={}
-            if model == found or not model
-            else _read_thresholds(model, evaluated.detection, storage),
-        ),
+        return OpenedRun(run.with_gap(gap))
+    return OpenedRun(run, source)
+
+
+def _find_detections(
+    evaluated: EvaluateJob, job: ReportJob, storage: Storage
+) -> DetectionSource | None:
+    """What an evaluation was told to keep, or was given; none where it is gone, or its truth."""
+    model, is_list = evaluated.model, (evaluated.model or "").endswith(".json")
+    found = evaluated.output or (model if is_list else None)
+    truth = job.annotations or evaluated.annotations
+    if found is None or not storage.exists(found) or not storage.exists(truth):
+        return None
+    thresholds: Mapping[int | str, float] = {}
+    if model is not None and not is_list:
+        thresholds = _read_thresholds(model, evaluated.detection, storage)
+    return DetectionSource(
+        results=check_coco_results(read_json(found, job.reading), source=found),
+        truth=read_json(truth, job.reading),
+        truth_name=truth,
+        images_root=job.images or evaluated.images,
+        thresholds=thresholds,
     )
 
 

@@ -73,7 +73,7 @@ def open_training(
     )
     if not record:
         gap = f"settings, anchors and detections: {folder} has no run.json"
-        return OpenedRun(replace(run, gaps=(*run.gaps, gap)))
+        return OpenedRun(run.with_gap(gap))
     run, trained = add_settings(run, TrainJob, record["job"], record.get("versions", {}))
     if trained is None:
         return OpenedRun(run)
@@ -82,7 +82,7 @@ def open_training(
     if job.detect:
         return _detect(run, trained, job, storage)
     gap = f"{NEEDS_DETECTIONS}, and a training leaves none; --detect runs its weights"
-    return OpenedRun(replace(run, gaps=(*run.gaps, gap)))
+    return OpenedRun(run.with_gap(gap))
 
 
 def _describe_training(trained: TrainJob, run: ReportedRun) -> dict[str, str]:
@@ -115,7 +115,7 @@ def _add_coverage(
         source = trained.data.annotations
         dataset = load_coco(storage.read_bytes(source), source=source)
     except (DatasetError, StorageError) as error:
-        return replace(run, gaps=(*run.gaps, f"anchors: {error}"))
+        return run.with_gap(f"anchors: {error}")
     spec = best.anchors if best else make_anchor_spec(trained.anchors)
     canvas = best.canvas if best else choose_job_canvas(trained, dataset)
     coverage = _measure_anchors(spec, canvas, select_boxes(dataset, canvas))
@@ -149,7 +149,7 @@ def _detect(run: ReportedRun, trained: TrainJob, job: ReportJob, storage: Storag
     annotations = job.annotations or trained.data.val_annotations
     if annotations is None:
         gap = f"{NEEDS_DETECTIONS}, and there was no validation set; give --annotations"
-        return OpenedRun(replace(run, gaps=(*run.gaps, gap)))
+        return OpenedRun(run.with_gap(gap))
     images = job.images or trained.data.val_images or trained.data.images
     with tempfile.TemporaryDirectory() as folder:
         output = str(Path(folder) / "detections.json")
@@ -204,7 +204,7 @@ def open_sweep(uri: str, job: ReportJob, storage: Storage) -> OpenedRun:
     table = folder / "trials.parquet"
     if not table.is_file() or not (folder / "best.pth").is_file():
         gap = "trials, anchors and detections: the sweep has not ended; the same command resumes it"
-        return OpenedRun(replace(run, gaps=(*run.gaps, gap)))
+        return OpenedRun(run.with_gap(gap))
     import pyarrow.parquet
 
     rows = tuple(pyarrow.parquet.read_table(table).to_pylist())
@@ -238,7 +238,7 @@ def _replay_best(
     path = next((p / CANDIDATES_FILE for p in (checkpoint, moved) if p.is_dir()), None)
     if path is None or not path.is_file():
         gap = f"{NEEDS_DETECTIONS}, and {moved / CANDIDATES_FILE} is not there any more"
-        return OpenedRun(replace(run, gaps=(*run.gaps, gap)))
+        return OpenedRun(run.with_gap(gap))
     candidates = CandidateSet.load(path.read_bytes(), source=str(path))
     lowest = max(candidates.floor, DEFAULT_THRESHOLD)
     setting = DetectionSetting(

@@ -20,6 +20,7 @@ from retinaray.assembly.training_inputs import (
     check_settings,
     choose_job_canvas,
     choose_training_canvas,
+    find_short_side,
     read_inputs,
 )
 from retinaray.config.loading import load_from_dict, to_dict
@@ -348,7 +349,7 @@ def make_augment_settings(job: TrainJob) -> AugmentSettings:
     scale_range = (0.8, 1.25)
     if augment.jitter is not None:
         low, high = augment.jitter
-        short_side = min(job.data.size) if job.data.size else job.data.resize
+        short_side = find_short_side(job)
         scale_range = (low / short_side, high / short_side)
     return AugmentSettings(
         flip=augment.flip,

@@ -79,8 +79,7 @@ def choose_job_canvas(job: TrainJob, train: CocoDataset) -> tuple[int, int]:
     if job.data.size is not None:
         return job.data.size
     sides = _list_sides(train)
-    is_upright = sides[:, 0] > sides[:, 1]
-    if job.data.two_canvases and is_upright.any() and not is_upright.all():
+    if job.data.two_canvases and _has_both_shapes(sides):
         canvas = _choose_landscape_canvas(job, sides)
         longest = [max(fit_size(min(pair), max(pair), *canvas)) for pair in sides.tolist()]
         side = -(-int(np.median(longest)) // CANVAS_MULTIPLE) * CANVAS_MULTIPLE
@@ -102,7 +101,7 @@ def choose_training_canvas(job: TrainJob, inputs: TrainingInputs) -> tuple[int, 
 def find_size_oddities(job: TrainJob, inputs: TrainingInputs) -> list[str]:
     """What the sizes of images cost and hardly anybody means, a line each; empty = nothing."""
     found = []
-    jitter, short_side = job.augment.jitter, min(job.data.size or (job.data.resize,))
+    jitter, short_side = job.augment.jitter, find_short_side(job)
     if jitter is not None and job.data.windows is None and jitter[1] > short_side:
         found.append(
             f"augment.jitter (--jitter): short sides of up to {jitter[1]} px on a canvas for "
@@ -110,9 +109,7 @@ def find_size_oddities(job: TrainJob, inputs: TrainingInputs) -> list[str]:
             f"--resize {jitter[1]} or a smaller maximum"
         )
     is_fitted = job.data.size is None and job.data.windows is None and not job.data.two_canvases
-    sides = _list_sides(inputs.train)
-    is_upright = sides[:, 0] > sides[:, 1]
-    if is_fitted and is_upright.any() and not is_upright.all():
+    if is_fitted and _has_both_shapes(sides := _list_sides(inputs.train)):
         height, width = _choose_landscape_canvas(job, sides)
         share = height * width / (inputs.canvas[0] * inputs.canvas[1])
         if share < _MUCH_LESS:
@@ -122,6 +119,17 @@ def find_size_oddities(job: TrainJob, inputs: TrainingInputs) -> list[str]:
                 f"{width}x{height}, {share:.0%} of the pixels"
             )
     return found
+
+
+def find_short_side(job: TrainJob) -> int:
+    """What `--jitter` is relative to, in pixels: of the canvas, or the one that images get."""
+    return min(job.data.size or (job.data.resize,))
+
+
+def _has_both_shapes(sides: Int[np.ndarray, "images 2"]) -> bool:
+    """Whether some images are higher than wide and others are not."""
+    is_upright = sides[:, 0] > sides[:, 1]
+    return bool(is_upright.any() and not is_upright.all())
 
 
 def _list_sides(train: CocoDataset) -> Int[np.ndarray, "images 2"]:

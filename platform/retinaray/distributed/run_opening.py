@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from retinaray.artifact import ModelCard, hash_content, model_kind
-from retinaray.assembly.provenance import collect_versions, make_run_id
+from retinaray.assembly.provenance import describe_making, make_run_id
 from retinaray.assembly.reading import absolute_uri, make_predictor_settings, read_model_card
 from retinaray.config.loading import load_from_dict, to_dict
 from retinaray.config.schema import InferJob
@@ -114,7 +114,7 @@ def open_run(
     )
     record = {
         "run_id": make_run_id(),
-        "job": to_dict(job),
+        **describe_making(job),
         "model_sha256": model_sha256,
         "annotations_sha256": truth_sha256,
         "training_run_id": card.run_id,
@@ -123,7 +123,6 @@ def open_run(
         "num_inputs": totals.num_images,
         "has_integer_ids": totals.has_integer_ids,
         "draw_limit": totals.draw_limit if job.write.draw else 0,
-        "versions": collect_versions(),
     }
     files.write_record(record)
     return record

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from retinaray.assembly.provenance import collect_versions, make_run_id
+from retinaray.assembly.provenance import describe_making, make_run_id
 from retinaray.assembly.reading import make_reader
 from retinaray.config.loading import to_dict
 from retinaray.config.schema import TrainJob
@@ -76,9 +76,8 @@ def open_run(job: TrainJob, folder: Path, store: RunStore) -> dict[str, Any]:
     else:
         found = {
             "run_id": make_run_id(),
-            "job": to_dict(job),
             "annotations_sha256": annotations,
-            "versions": collect_versions(),
+            **describe_making(job),
         }
         _refuse_others_weights(job, folder)
         if _is_apart(store, folder):

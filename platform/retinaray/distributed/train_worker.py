@@ -184,10 +184,10 @@ def _run(
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = next(state.model.parameters()).device
     # One worker is enough to ask and to look at the clock: a vote of one is a vote of all.
-    is_first, period_s = rank == 0, math.inf if minutes is None else 60 * minutes
-    watch = NoticeWatch(
-        ask_board(board) if is_first else None, period_s=period_s if is_first else math.inf
-    )
+    watch = NoticeWatch(None)
+    if rank == 0:
+        period_s = math.inf if minutes is None else 60 * minutes
+        watch = NoticeWatch(ask_board(board), period_s=period_s)
     first_step = _FirstStep(state, board)
 
     def post_progress(progress: Progress) -> None:

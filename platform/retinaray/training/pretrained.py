@@ -57,11 +57,11 @@ def read_backbone_weights(source: str, *, backbone: str) -> tuple[dict[str, Tens
     url = torchvision.models.get_model_weights(_TORCHVISION_NAMES[backbone])[source].url
     path = _download(url, source)
     content = path.read_bytes()
-    if not hash_content(content).startswith(_hash_of(url)):
+    wanted, found = _hash_of(url), hash_content(content)
+    if not found.startswith(wanted):
         raise CheckpointError(
             f"backbone weights {source}: {path} is not what {url} gives (expected SHA-256 "
-            f"{_hash_of(url)}..., found {hash_content(content)[:16]}...): delete it, and it is "
-            "downloaded again"
+            f"{wanted}..., found {found[:16]}...): delete it, and it is downloaded again"
         )
     return load_tensors(content, source=str(path)), False
 

@@ -148,6 +148,7 @@ def spoiled(pictures: list[Path]) -> Callable[[Iterable[str]], Any]:
 
 @pytest.fixture
 def end_process(
+    is_running: Callable[[int], bool],
     wait_until: Callable[[Callable[[], object], str], None],
 ) -> Callable[..., None]:
     """Signal a driver, and wait until it and the workers of its Ray are gone.
@@ -160,7 +161,7 @@ def end_process(
         workers = _find_workers(pid)
         assert workers
         os.kill(pid, number)
-        wait_until(lambda: not any(map(_is_running, [pid, *workers])), f"the end of {workers}")
+        wait_until(lambda: not any(map(is_running, [pid, *workers])), f"the end of {workers}")
 
     return end
 
@@ -182,12 +183,6 @@ def find_reader(
         return found[0]
 
     return find
-
-
-@pytest.fixture(scope="session")
-def is_running() -> Callable[[int], bool]:
-    """Whether there is a process of this number that has not ended."""
-    return _is_running
 
 
 @pytest.fixture(scope="session")
@@ -222,12 +217,6 @@ def _find_descendants(root: int) -> list[int]:
     for pid in found:
         found.extend(child for child, parent in parents.items() if parent == pid)
     return found[1:]
-
-
-def _is_running(pid: int) -> bool:
-    # What has ended and was not waited for yet is in state Z.
-    state = _read_process_file(pid, "stat").rpartition(")")[2].split()
-    return bool(state) and state[0] != "Z"
 
 
 def _read_process_file(pid: int, name: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 import zipfile
 from collections import OrderedDict
@@ -25,16 +24,6 @@ Save = Callable[..., bytes]
 RATIOS, SCALES = [1.0, 2.0, 0.5], [4.0, 5.0, 6.0]
 # What is judged before any tensor is.
 EMPTY: dict[str, Any] = {"backbone": ["ResNet18FPN"], "classes": 2, "state_dict": {}}
-
-
-class Intruder:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.folder),)
 
 
 def heads(num_outputs: int, num_offsets: int = 36) -> dict[str, torch.Tensor]:
@@ -111,10 +100,10 @@ def test_read_odtk_checkpoint_takes_the_anchors_of_the_file(save: Save) -> None:
 
 @pytest.mark.parametrize("is_old", [False, True], ids=["zip", "stream"])
 def test_read_odtk_checkpoint_refuses_code_without_running_it(
-    save: Save, tmp_path: Path, is_old: bool
+    save: Save, make_intruder: Callable[[Path], object], tmp_path: Path, is_old: bool
 ) -> None:
     mark = tmp_path / "was_run"
-    content = save({**EMPTY, "scheduler": Intruder(mark)}, is_old=is_old)
+    content = save({**EMPTY, "scheduler": make_intruder(mark)}, is_old=is_old)
     assert re.search(r"names code \(\w+\.mkdir\), which was not run", refuse(content))
     assert not mark.exists()
     # The file would have done it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -134,21 +135,17 @@ def test_read_backbone_weights_downloads_with_the_hash_in_the_name(
     assert asked == [(f"https://weights/resnet18-{digits}.pth", digits)]
 
 
-class _Intruder:
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return Path.mkdir, (self.mark,)
-
-
 @pytest.mark.parametrize("is_named_so", [False, True])
 def test_read_backbone_weights_runs_no_code_of_a_file_in_the_hub_folder(
-    monkeypatch: pytest.MonkeyPatch, hub: Path, tmp_path: Path, is_named_so: bool
+    monkeypatch: pytest.MonkeyPatch,
+    hub: Path,
+    make_intruder: Callable[[Path], object],
+    tmp_path: Path,
+    is_named_so: bool,
 ) -> None:
     mark = tmp_path / "was_run"
     stream = io.BytesIO()
-    torch.save({"conv1.weight": _Intruder(mark)}, stream)
+    torch.save({"conv1.weight": make_intruder(mark)}, stream)
     weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
     if is_named_so:
         digits = hashlib.sha256(stream.getvalue()).hexdigest()[:8]

@@ -6,7 +6,7 @@ A run that lacks something has None or nothing there, and a sentence in `gaps` t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from retinaray.anchoring.coverage import CoverageReport
@@ -136,6 +136,10 @@ class ReportedRun:
     analysis: DetectionAnalysis | None = None
     coverage: AnchorCoverage | None = None
     gaps: tuple[str, ...] = ()
+
+    def with_gap(self, sentence: str) -> ReportedRun:
+        """The run, with one more sentence in `gaps`."""
+        return replace(self, gaps=(*self.gaps, sentence))
 
 
 Numbered = Sequence[tuple[int, ReportedRun]]

@@ -106,15 +106,15 @@ def render_setup(runs: Numbered) -> Section:
                 f'<div class="command"><pre tabindex="0">{escape(run.command)}</pre>'
                 '<button type="button" class="copy">Copy</button></div>' + content
             )
-        if not run.settings and run.kind == "evaluate":
-            content += (
-                "<p>Detections do not hold how they were made; what "
-                "<code>retinaray evaluate</code> prints does.</p>"
-            )
         if run.settings:
             content += make_details(
                 f"All {len(run.settings)} settings, marked where they are not the default",
                 _tabulate_settings(run),
+            )
+        elif run.kind == "evaluate":
+            content += (
+                "<p>Detections do not hold how they were made; what "
+                "<code>retinaray evaluate</code> prints does.</p>"
             )
         figures.append(make_figure(escape(run.name), content))
     return Section("setup", "Settings, and how to make it again", body + make_grid(figures, "wide"))
