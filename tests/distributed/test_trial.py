@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ def trial(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     context = SimpleNamespace(get_trial_id=lambda: "t1")
     monkeypatch.setattr(trial.tune, "get_context", lambda: context)
-    monkeypatch.setattr(trial, "TuneReportCallback", object)
+    monkeypatch.setattr(trial, "_TellScores", object)
     return trial
 
 
@@ -51,3 +52,16 @@ def test_run_trial_does_not_train_again_what_has_diverged(
         with pytest.raises(DivergenceError, match="no finite gradient in 20 steps"):
             trial.run_trial({"optim.peak_lr": 0.1}, task)
     assert list(failures) == []
+
+
+def test_trial_tells_tune_only_what_was_validated() -> None:
+    from retinaray.distributed import trial
+
+    # Its constructor wants a session of Tune.
+    callback = object.__new__(trial._TellScores)
+    told: queue.Queue[dict[str, Any]] = queue.Queue()
+    callback._training_actor_item_queue = told
+    for step, score in ((2, 0.25), (3, -1e9), (4, -1.0)):
+        callback.after_report(SimpleNamespace(), [{"step": step, "score": score}], None)
+    # The last one's objective had no ground truth.
+    assert [told.get_nowait()["step"] for _ in range(told.qsize())] == [2, 4]

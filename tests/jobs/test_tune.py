@@ -24,7 +24,8 @@ output: sweep
 model: {backbone: ResNet10FPN, fpn_channels: 16, head_depth: 0}
 data: {images: data/images, annotations: data/train.json, val_annotations: data/val.json,
        size: [64, 96]}
-run: {batch: 4, epochs: 2, precision: fp32, max_failures: 0}
+run: {batch: 4, epochs: 3, val_every: 3, precision: fp32, max_failures: 0,
+      checkpoint_minutes: 1.0e-9}
 space:
   anchors.base_scale: [4.0, 2.0]
   model.backbone_weights: [null, absent.pth]
@@ -107,6 +108,19 @@ def test_tune_proves_that_each_trial_had_its_own_anchors(sweep: Sweep) -> None:
         card, _ = read_weights(weights.read_bytes(), source=str(weights))
         base = float(row["point.anchors.base_scale"])
         assert card.anchors.scales == tuple(base * 2 ** (index / 3) for index in range(3))
+
+
+def test_tune_compares_trials_by_validated_checkpoints_only(sweep: Sweep) -> None:
+    (shown,) = {row["epoch"] for row in _read_trials(sweep) if row["status"] == "done"}
+    assert float(shown) == 3
+    for row in _read_trials(sweep):
+        if row["status"] != "done":
+            continue
+        # Kept by the clock at the first vote of the workers, two steps before the validation.
+        kept = sweep.folder / "trials" / row["trial"] / "ray_train" / "step_00000004"
+        assert (kept / "checkpoint.json").exists()
+        told = (sweep.folder / "ray_tune" / row["trial"] / "result.json").read_text()
+        assert {json.loads(line)["step"] for line in told.splitlines()} == {6}
 
 
 def test_tune_leaves_a_model_with_thresholds_and_settings_to_train_it_again(sweep: Sweep) -> None:

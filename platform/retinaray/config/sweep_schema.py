@@ -137,11 +137,6 @@ class TuneJob(TrainJob):
                     "trials keep their number of workers, and their checkpoints in its folder; "
                     "leave these options out",
                 ),
-                (
-                    self.run.checkpoint_minutes is None,
-                    "run.checkpoint_minutes (--checkpoint-minutes): a sweep's trials are compared "
-                    "at each checkpoint, so each is validated; leave it out",
-                ),
                 *((False, fault) for fault in find_space_faults(self.space, TrainJob, tree)),
                 (
                     self.sweep.search != "grid" or all(is_choice(d) for d in self.space.values()),

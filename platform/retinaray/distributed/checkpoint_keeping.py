@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,11 @@ logger = logging.getLogger(__name__)
 
 # Below what any validation gives: such weights are the best only where no others are.
 _UNSCORED = -1e9
+
+
+def is_scored(metrics: Mapping[str, Any]) -> bool:
+    """Whether a report has a score, or is of a checkpoint that was kept in haste."""
+    return bool(metrics["score"] > _UNSCORED)
 
 
 @dataclass

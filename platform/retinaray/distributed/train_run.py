@@ -103,6 +103,7 @@ def run_workers(
         store=RunStore(str(folder)),
         events=TrainEvents(folder, lambda event: handle_event(dict(event))),
         stop=StopSignal(),
+        checkpoint_minutes=job.run.checkpoint_minutes,
         callbacks=callbacks,
         is_trial=is_trial,
         janitor=janitor,

@@ -15,12 +15,27 @@ from retinaray.assembly.job_plan_workers import WorkerPlan
 from retinaray.config.loading import load_from_dict, to_dict
 from retinaray.config.schema import TrainJob
 from retinaray.config.search_space import decode_point, make_changes
+from retinaray.distributed.checkpoint_keeping import is_scored
 from retinaray.distributed.train_run import run_workers
 from retinaray.errors import DivergenceError
 from retinaray.log_format import WorkerLog, start_worker_log
 from retinaray.reporting.training_log import TrainingLog
 
 CHECKPOINT_PATH = "checkpoint_path"
+
+
+class _TellScores(TuneReportCallback):
+    """Hands reports on to Tune, which compares trials by each: only those with a score.
+
+    A checkpoint at a machine's notice has none, and would end its trial as the worst of all.
+    """
+
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
+    ) -> None:
+        """Called by Ray Train after all workers have reported; `metrics` has a row of each."""
+        if is_scored(metrics[0]):
+            super().after_report(run_context, metrics, checkpoint)
 
 
 @dataclass(frozen=True)
@@ -83,7 +98,7 @@ def run_trial(point: dict[str, Any], task: TrialTask) -> None:
                 folder=folder,
                 run_id=run_id,
                 handle_event=log.write,
-                callbacks=[TuneReportCallback()],  # type: ignore[no-untyped-call]
+                callbacks=[_TellScores()],  # type: ignore[no-untyped-call]
                 is_trial=True,
                 janitor=task.janitor,
             )

@@ -50,6 +50,7 @@ _FREE_SETTINGS = (
     "run.override",
     "run.log_every",
     "run.max_failures",
+    "run.checkpoint_minutes",
     "run.strict_anchors",
     "data.loader_processes",
     *CACHE_SETTINGS,

@@ -124,13 +124,6 @@ def test_tune_job_holds_the_space_against_the_training_it_varies() -> None:
         load_from_dict(TuneJob, TREE, changes)
 
 
-def test_tune_job_refuses_checkpoints_by_the_clock(
-    faults_of: FaultsOf, minimal: dict[str, list[str]]
-) -> None:
-    (fault,) = faults_of(TuneJob, [*minimal["tune"], "--checkpoint-minutes", "5"])
-    assert fault.startswith("run.checkpoint_minutes (--checkpoint-minutes): a sweep's trials are")
-
-
 @pytest.mark.parametrize(
     ("argv", "fault"),
     [
