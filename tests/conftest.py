@@ -6,9 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import types
 import uuid
 from collections.abc import Callable, Iterator
+from datetime import datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +96,80 @@ def s3_bucket(s3_server: EmbeddedS3, monkeypatch: pytest.MonkeyPatch) -> str:
         monkeypatch.setenv(name, value)
     # A bucket per test would make the server allocate new volumes each time.
     return f"s3://{BUCKET}/{uuid.uuid4().hex}"
+
+
+class _Ec2Metadata:
+    """EC2's metadata service of a spot instance, as far as its end is concerned.
+
+    Attributes:
+        life_cycle: What the instance is.
+        num_tokens: Tokens that were given.
+        endpoint: URL.
+    """
+
+    def __init__(self) -> None:
+        self.life_cycle = "spot"
+        self.num_tokens = 0
+        self._action: str | None = None
+        self._token = ""
+        service = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_: object) -> None:
+                pass
+
+            def do_PUT(self) -> None:
+                asked = self.headers["X-aws-ec2-metadata-token-ttl-seconds"]
+                is_right = self.path == "/latest/api/token" and 1 <= int(asked) <= 21600
+                self._answer(service._give_token() if is_right else None)
+
+            def do_GET(self) -> None:
+                if self.headers["X-aws-ec2-metadata-token"] != service._token:
+                    self.send_error(401)
+                    return
+                values = {
+                    "instance-life-cycle": service.life_cycle,
+                    "spot/instance-action": service._action,
+                }
+                self._answer(values.get(self.path.removeprefix("/latest/meta-data/")))
+
+            def _answer(self, value: str | None) -> None:
+                if value is None:
+                    self.send_error(404)
+                    return
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(value.encode())
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def announce(self, end: datetime) -> None:
+        """Give notice of the instance's end, in UTC."""
+        self._action = f'{{"action": "terminate", "time": "{end:%Y-%m-%dT%H:%M:%SZ}"}}'
+
+    def expire_token(self) -> None:
+        """Take no more the token that was given."""
+        self._token = "expired"
+
+    def stop(self) -> None:
+        """Answer no more."""
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _give_token(self) -> str:
+        self.num_tokens += 1
+        self._token = f"token-{self.num_tokens}"
+        return self._token
+
+
+@pytest.fixture
+def ec2_metadata() -> Iterator[_Ec2Metadata]:
+    """A simulated metadata service: endpoint, life_cycle, announce(end), expire_token()."""
+    service = _Ec2Metadata()
+    yield service
+    service.stop()
 
 
 @pytest.fixture(scope="session")

@@ -68,6 +68,7 @@ class BatchScalingPolicy(ElasticScalingPolicy):
         self._num_shares = num_shares
         self._board = board
         self._clock = clock
+        self._wanted: ResizeDecision | None = None
         self._asked_s: float | None = None
         self._has_looked = False
 
@@ -78,7 +79,7 @@ class BatchScalingPolicy(ElasticScalingPolicy):
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         """As many as fit; what was asked of the workers before them is void."""
-        self._asked_s = None
+        self._forget()
         return super().make_decision_for_non_running_worker_group()
 
     def make_decision_for_running_worker_group(
@@ -86,21 +87,31 @@ class BatchScalingPolicy(ElasticScalingPolicy):
     ) -> ScalingDecision:
         """Grow once a checkpoint is kept that was asked for; shrink at once.
 
-        Fewer workers are wanted when a node is gone, and then no checkpoint would come.
+        Fewer workers are wanted when a node is gone, and then no checkpoint would come. While one
+        is drained, Ray keeps its workers until the deadline and asks for no decision.
         """
         self._has_looked = False
         decision = super().make_decision_for_running_worker_group(
             worker_group_state, worker_group_status
         )
-        if not isinstance(decision, ResizeDecision):
+        if isinstance(decision, ResizeDecision):
+            self._wanted = decision
+        elif self._has_looked:
             # Ray asks several times between two looks; only a look says that there is no room.
-            if self._has_looked:
-                self._asked_s = None
-            return decision
-        if decision.num_workers > worker_group_state.num_workers and not self._may_grow():
+            self._forget()
+        if self._wanted is None:
             return NoopDecision()
-        self._asked_s = None
+        is_growth = self._wanted.num_workers > worker_group_state.num_workers
+        # Between two looks too: each step from the checkpoint to the next look is taken twice.
+        if is_growth and not self._may_grow():
+            return NoopDecision()
+        decision = self._wanted
+        self._forget()
         return decision
+
+    def _forget(self) -> None:
+        self._wanted = None
+        self._asked_s = None
 
     def _may_grow(self) -> bool:
         """Whether the checkpoint is kept or was waited for too long; asks for it at first."""
@@ -129,6 +140,7 @@ class RunTrainer(TorchTrainer):
 
     Args:
         policy: Decides about the number of workers; None = as many as asked for, always.
+        board: An `EventBoard`, for what becomes of the workers.
         is_cleaned: Whether Ray's cleaner of stopped runs is started. It is not for a trial, whose
             sweep has a janitor: where the cleaner cannot do its work it never ends.
         **options: As for TorchTrainer.
@@ -138,11 +150,13 @@ class RunTrainer(TorchTrainer):
         self,
         *args: Any,
         policy: BatchScalingPolicy | None,
+        board: Any,
         is_cleaned: bool,
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
         self._policy = policy
+        self._board = board
         self._is_cleaned = is_cleaned
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -155,7 +169,8 @@ class RunTrainer(TorchTrainer):
         if self._policy is not None:
             options["scaling_policy"] = self._policy
         options["failure_policy"] = MendableFailurePolicy(
-            self.run_config.failure_config  # type: ignore[arg-type]  # of Ray's second generation
+            self.run_config.failure_config,  # type: ignore[arg-type]  # of Ray's second generation
+            self._board,
         )
         return super()._initialize_and_run_controller(**options)  # type: ignore[misc]
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.config import FailureConfig
+from ray.train.v2.api.exceptions import PreemptionError, TrainingFailedError, WorkerGroupError
 
 from retinaray.errors import (
     CheckpointError,
@@ -23,12 +26,25 @@ class MendableFailurePolicy(DefaultFailurePolicy):
     """Ray's counting of failures, but for those that no other try can mend.
 
     Lives in Ray's controller.
+
+    Args:
+        failure_config: Failures that are allowed.
+        board: An `EventBoard`. It is told of machines that went as announced: Ray counts them apart
+            and calls nobody back.
     """
+
+    def __init__(self, failure_config: FailureConfig, board: Any) -> None:
+        super().__init__(failure_config)
+        self._board = board
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         """Whether the workers are started again."""
         if find_users_fault(training_failed_error) is not None:
             return FailureDecision.RAISE
+        if isinstance(training_failed_error, PreemptionError):
+            lost = training_failed_error.preemption_info.preempted_ranks
+            event = {"kind": "failure", "num_workers": len(lost)}
+            self._board.post.remote({**event, "reason": "their machine went as announced"})
         decision: FailureDecision = super().make_decision(training_failed_error)
         return decision
 

@@ -28,6 +28,9 @@ _ASK_S = 0.5
 _ANSWER_S = 30.0
 # Until a machine that was given notice is gone, its steps are kept so often.
 _NOTICE_PERIOD_S = 20.0
+# Where it is known when that will be, once more so long before: what comes later may not be written
+# in time.
+_LAST_S = 15.0
 
 # Set by the process's main thread, read by the training's.
 _terminated = threading.Event()
@@ -53,11 +56,16 @@ class NoticeOnSigterm(WorkerCallback):
         signal.signal(signal.SIGTERM, note)
 
 
-def is_machine_going() -> bool:
-    """Whether this process got SIGTERM, or Ray drains a node of this group of workers."""
+def measure_time_left() -> float | None:
+    """Seconds until a machine of this group of workers is gone; infinite when that is not known.
+
+    None without notice of it, which is SIGTERM to this process, or a node that Ray drains.
+    """
     # Ray's public call asks all workers at once and waits for the slowest.
-    preemption = get_train_context().preemption_context
-    return _terminated.is_set() or preemption.preemption_info is not None
+    preemption = get_train_context().preemption_context.preemption_info
+    if preemption is not None and preemption.deadline_ms is not None:
+        return float(preemption.deadline_ms / 1000 - time.time())
+    return math.inf if _terminated.is_set() or preemption is not None else None
 
 
 class NoticeWatch:
@@ -65,7 +73,7 @@ class NoticeWatch:
 
     Args:
         read_orders: Asks the driver; None on workers that leave that to rank 0.
-        has_notice: Whether the machine is about to go.
+        measure_left: Seconds until the machine is gone; None without notice.
         period_s: So long after a checkpoint the next is wanted, though nobody asks.
         clock: Seconds.
     """
@@ -74,12 +82,12 @@ class NoticeWatch:
         self,
         read_orders: Callable[[], Orders] | None,
         *,
-        has_notice: Callable[[], bool] = is_machine_going,
+        measure_left: Callable[[], float | None] = measure_time_left,
         period_s: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._read_orders = read_orders
-        self._has_notice = has_notice
+        self._measure_left = measure_left
         self._period_s = period_s
         self._clock = clock
         self._orders = Orders(is_stopping=False, num_checkpoints=0)
@@ -108,16 +116,19 @@ class NoticeWatch:
             return True
         if self._clock() - self._last_kept_s >= self._period_s:
             return True
-        if not self._has_notice():
+        left_s = self._measure_left()
+        if left_s is None:
             return False
-        served_s = self._served_notice_s
-        return served_s is None or self._clock() - served_s >= _NOTICE_PERIOD_S
+        if self._served_notice_s is None:
+            return True
+        passed_s = self._clock() - self._served_notice_s
+        return passed_s >= _NOTICE_PERIOD_S or passed_s > _LAST_S - left_s >= 0
 
     def note_checkpoint(self) -> None:
         """What was wanted up to now has been done."""
         self._num_served = self._orders.num_checkpoints
         self._last_kept_s = self._clock()
-        if self._has_notice():
+        if self._measure_left() is not None:
             if self._served_notice_s is None:
                 logger.warning("this training's machine is about to go: a checkpoint is kept")
             self._served_notice_s = self._clock()

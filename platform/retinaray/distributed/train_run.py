@@ -175,6 +175,7 @@ def _fit_once(job: TrainJob, plan: WorkerPlan, setup: RunSetup) -> Any:
         trainer = RunTrainer(
             train_worker,
             policy=policy,
+            board=board,
             is_cleaned=not setup.is_trial,
             train_loop_config={
                 "job": to_dict(job),

@@ -156,6 +156,24 @@ def start_elastic(
 
 
 @pytest.fixture
+def ray_nodes(ray_cluster: object) -> Iterator[Any]:
+    """A cluster of a head that runs no work and two nodes of one processor each."""
+    from ray.cluster_utils import Cluster
+
+    # Settings of the session's Ray, its token among them, hold for this one too: see `connect`.
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    size: dict[str, Any] = {"object_store_memory": 80_000_000, "include_dashboard": False}
+    cluster: Any = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **size})
+    try:
+        # A driver connects to any node of its own address; that must be the head.
+        for address in ("127.0.0.2", "127.0.0.3"):
+            cluster.add_node(num_cpus=1, node_ip_address=address, **size)
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+@pytest.fixture
 def call_later() -> Callable[..., Callable[[int], None]]:
     """For `hold_reader`: call_later(number, act) acts at the reading of that number alone."""
 

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.train import FailureConfig
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
+from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
+from ray.train.v2.api.preemption import PreemptionInfo
 
 from retinaray.distributed.elastic_scaling import choose_num_workers
+from retinaray.distributed.failure_policy import MendableFailurePolicy
 from retinaray.distributed.notices import NoticeWatch
 from retinaray.distributed.reporting import Orders
 from retinaray.distributed.stop_signals import StopSignal, catch_signals, end_process
@@ -25,8 +32,9 @@ def test_choose_num_workers_divides_the_batch(num_possible: int, expected: int) 
 
 
 def test_notice_watch_wants_one_checkpoint_per_order_and_several_while_notice_lasts() -> None:
-    orders, now, has_notice = [Orders(False, 3)], [0.0], [False]
-    watch = NoticeWatch(lambda: orders[0], has_notice=lambda: has_notice[0], clock=lambda: now[0])
+    orders, now = [Orders(False, 3)], [0.0]
+    left: list[float | None] = [None]
+    watch = NoticeWatch(lambda: orders[0], measure_left=lambda: left[0], clock=lambda: now[0])
     watch.ask()
     # What was asked for before this worker began is not for it.
     assert not watch.wants_checkpoint()
@@ -35,7 +43,7 @@ def test_notice_watch_wants_one_checkpoint_per_order_and_several_while_notice_la
     assert watch.wants_checkpoint()
     watch.note_checkpoint()
     assert not watch.wants_checkpoint()
-    has_notice[0] = True
+    left[0] = math.inf
     assert watch.wants_checkpoint()
     watch.note_checkpoint()
     now[0] = 19.0
@@ -51,10 +59,9 @@ def test_notice_watch_wants_one_checkpoint_per_order_and_several_while_notice_la
 
 
 def test_notice_watch_wants_a_checkpoint_so_long_after_the_last_one_of_whatever_kind() -> None:
-    now, has_notice = [100.0], [False]
-    watch = NoticeWatch(
-        None, has_notice=lambda: has_notice[0], period_s=300.0, clock=lambda: now[0]
-    )
+    now = [100.0]
+    left: list[float | None] = [None]
+    watch = NoticeWatch(None, measure_left=lambda: left[0], period_s=300.0, clock=lambda: now[0])
     wanted = []
     for seconds in (399.9, 400.0, 400.5):
         now[0] = seconds
@@ -66,10 +73,10 @@ def test_notice_watch_wants_a_checkpoint_so_long_after_the_last_one_of_whatever_
     now[0] = 709.9
     assert not watch.wants_checkpoint()
     # A notice or a validation comes first, and begins a period too.
-    has_notice[0] = True
+    left[0] = math.inf
     assert watch.wants_checkpoint()
     watch.note_checkpoint()
-    has_notice[0] = False
+    left[0] = None
     now[0] = 1009.8
     assert not watch.wants_checkpoint()
     now[0] = 1010.0
@@ -78,9 +85,37 @@ def test_notice_watch_wants_a_checkpoint_so_long_after_the_last_one_of_whatever_
 
 def test_notice_watch_wants_nothing_by_the_clock_when_no_period_is_given() -> None:
     now = [0.0]
-    watch = NoticeWatch(None, has_notice=lambda: False, clock=lambda: now[0])
+    watch = NoticeWatch(None, measure_left=lambda: None, clock=lambda: now[0])
     now[0] = 1e9
     assert not watch.wants_checkpoint()
+
+
+def test_notice_watch_wants_a_last_checkpoint_while_there_is_time_to_write_it() -> None:
+    now, end = [0.0], 50.0
+    watch = NoticeWatch(None, measure_left=lambda: end - now[0], clock=lambda: now[0])
+    kept = []
+    for second in range(60):
+        now[0] = float(second)
+        if watch.wants_checkpoint():
+            watch.note_checkpoint()
+            kept.append(second)
+    # At the notice, every twenty seconds, fifteen before the end; and for as long as it takes.
+    assert kept == [0, 20, 35, 55]
+
+
+def test_failure_policy_tells_of_a_machine_that_went_as_announced() -> None:
+    told: list[dict[str, Any]] = []
+    board = SimpleNamespace(post=SimpleNamespace(remote=told.append))
+    policy = MendableFailurePolicy(FailureConfig(max_failures=0), board)
+    notice = PreemptionInfo(deadline_ms=1, preempted_node_to_ranks={"a": [2], "b": [0, 1]})
+    assert policy.make_decision(PreemptionError(notice)) is FailureDecision.RETRY
+    assert told == [
+        {"kind": "failure", "num_workers": 3, "reason": "their machine went as announced"}
+    ]
+    # Others are counted, and told of by Ray's own callback.
+    lost = WorkerGroupError("lost", {0: RuntimeError("killed")})
+    assert policy.make_decision(lost) is FailureDecision.RAISE
+    assert len(told) == 1
 
 
 def test_stop_signal_notes_the_first_and_ends_at_the_second(

@@ -192,6 +192,17 @@ def test_policy_keeps_its_order_between_looks_and_when_room_is_unknown(
     assert training.count_orders() == 1
 
 
+def test_policy_grows_as_soon_as_the_checkpoint_is_reported(training: _Training) -> None:
+    assert training.look(4) is None
+    assert isinstance(training.poll(after_s=2.0), NoopDecision)
+    training.post("checkpoint", 9)
+    # Each step until the next look would be taken twice.
+    decision = training.poll(after_s=2.0)
+    assert isinstance(decision, ResizeDecision)
+    assert decision.num_workers == 4
+    assert isinstance(training.poll(after_s=2.0), NoopDecision)
+
+
 def test_policy_shrinks_at_once(training: _Training) -> None:
     assert training.look(1) == 1
     assert training.count_orders() == 0
