@@ -51,7 +51,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "export": {"errors", "detector", "data", "artifact", "inference", "evaluation"},
     "reporting": {"errors", "detector", "data", "evaluation", "anchoring", "terminal"},
-    "migration": {"errors", "detector", "data", "artifact"},
+    "migration": {"errors", "detector", "data", "artifact", "config.odtk_flags"},
     "interchange": {"errors", "local_files", "local_listing", "data"},
 }
 # Each of these may use all above it.

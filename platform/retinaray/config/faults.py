@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from retinaray.config.odtk_flags import NEAREST_BACKBONES
 from retinaray.config.options import Option, OptionTable, nearest_word
 
 _MAX_SHOWN = 60
@@ -116,7 +117,9 @@ def _describe_option(details: ErrorDetails, option: Option, origins: Mapping[str
     if details["type"] == "value_error":
         expected = str(details["ctx"]["error"])
     elif shape.kind == "choice":
-        nearest = nearest_word(str(details["input"]), shape.choices)
+        given = str(details["input"])
+        known = NEAREST_BACKBONES.get(given, "")
+        nearest = known if known in shape.choices else nearest_word(given, shape.choices)
         expected += f"; nearest: {nearest}" if nearest else ""
     return f"{key}={show_value(details['input'])}{where}: {expected}"
 

@@ -15,6 +15,15 @@ from typing import Literal
 SCHEDULE = "--schedule"
 """ODTK's multiplier of all steps; see `stretch_schedule`."""
 
+NEAREST_BACKBONES: Mapping[str, str] = {
+    "ResNeXt50_32x4dFPN": "ResNet50FPN",
+    "ResNeXt101_32x8dFPN": "ResNet101FPN",
+    "MobileNetV2FPN": "MobileNetV3LargeFPN",
+    "ResNet18C4": "ResNet18FPN",
+    "ResNet34C4": "ResNet34FPN",
+}
+"""ODTK's backbones that do not exist here, and which one is of their size."""
+
 
 @dataclass(frozen=True)
 class OdtkFlag:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from retinaray.artifact import WEIGHTS_FORMAT, Architecture, load_tensors
+from retinaray.config.odtk_flags import NEAREST_BACKBONES
 from retinaray.detector.anchors import DEFAULT_RATIOS, DEFAULT_SCALES, AnchorSpec, Convention
 from retinaray.detector.retinanet import RetinaNet
 from retinaray.errors import CheckpointError
@@ -30,13 +31,6 @@ MAX_DETECTIONS = 100
 """ODTK's constants; its files do not hold them."""
 
 BACKBONES = ("ResNet18FPN", "ResNet34FPN", "ResNet50FPN", "ResNet101FPN", "ResNet152FPN")
-_NEAREST_BACKBONES = {
-    "ResNeXt50_32x4dFPN": "ResNet50FPN",
-    "ResNeXt101_32x8dFPN": "ResNet101FPN",
-    "MobileNetV2FPN": "MobileNetV3LargeFPN",
-    "ResNet18C4": "ResNet18FPN",
-    "ResNet34C4": "ResNet34FPN",
-}
 _KEYS = ("backbone", "classes", "state_dict")
 _MAX_LISTED = 3
 
@@ -212,7 +206,7 @@ def _read_backbone(value: object, source: str) -> str:
             f"do not exist here; train a new model with `retinaray train --backbone {names[0]}`"
         )
     if names[0] not in BACKBONES:
-        nearest = _NEAREST_BACKBONES.get(names[0], "ResNet50FPN")
+        nearest = NEAREST_BACKBONES.get(names[0], "ResNet50FPN")
         raise CheckpointError(
             f"{source}: its backbone {names[0]} does not exist here, expected one of "
             f"{', '.join(BACKBONES)}; train a new model with `retinaray train --backbone {nearest}`"

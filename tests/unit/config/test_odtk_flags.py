@@ -98,6 +98,24 @@ def test_load_from_argv_takes_the_flag_of_odtk_before_and_after_the_rest(
     assert after == before
 
 
+@pytest.mark.parametrize(
+    ("backbone", "nearest"),
+    [
+        ("ResNeXt50_32x4dFPN", "ResNet50FPN"),
+        ("MobileNetV2FPN", "MobileNetV3LargeFPN"),
+        ("ResNet34C4", "ResNet34FPN"),
+        ("resnet101", "ResNet101FPN"),
+    ],
+)
+def test_load_from_argv_names_the_backbone_nearest_to_odtks(
+    faults_of: FaultsOf, backbone: str, nearest: str
+) -> None:
+    argv = ["model.pth", "--annotations", "train.json", "--backbone", backbone]
+    (fault,) = faults_of(TrainJob, argv)
+    assert fault.startswith(f"model.backbone={backbone} (--backbone): expected one of ResNet10FPN")
+    assert fault.endswith(f"; nearest: {nearest}")
+
+
 @pytest.mark.parametrize(("job_class", "minimal", "flag", "answer"), ANSWERED)
 def test_load_from_argv_answers_the_flag_of_odtk_and_finds_no_other_fault(
     faults_of: FaultsOf, job_class: type[Job], minimal: str, flag: str, answer: str
