@@ -26,6 +26,7 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from http.client import HTTPException
 from pathlib import Path
 from typing import TypeVar
 
@@ -95,7 +96,7 @@ class InstanceMetadata:
                 return str(answer.read().decode())
         except urllib.error.HTTPError:
             raise
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, HTTPException, UnicodeDecodeError) as error:
             raise MetadataError(f"{url} does not answer: {error}") from error
 
 
